@@ -1,0 +1,92 @@
+"""THE on-disk contract of a sample: member names, the fixed JSON schema, the key alphabet.
+
+A sample is `KEY.mp4` + `KEY.json` in a tar.  Readers of the ecosystem infer features from the first few samples and
+silently drop or zero what deviates later, so the members and the JSON keys never vary, a float is always a float, and
+whatever is free-form travels as one JSON *string*.  Nothing here depends on when a sample was made: the same request
+gives the same bytes (the time stands in the tar header's mtime).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, fields
+
+from afd_data.errors import UserError
+
+SCHEMA_VERSION = 1
+MEMBERS = ("mp4", "json")
+SPLITS = ("train", "validation", "test")
+KEY = re.compile(r"[a-z0-9_-]{1,120}")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The JSON member.  Fields are in file order; `*_json` are free-form objects encoded as strings."""
+
+    schema_version: int
+    key: str  # prompt id and take
+    prompt_id: str
+    prompt: str
+    split: str
+    take: int
+    generation: int  # refresh round
+    fingerprint: str  # of the request
+    seed: int
+    teacher: str
+    teacher_version: str
+    requested_json: str  # settings asked for
+    effective_json: str  # settings the teacher says it used
+    provenance_json: str  # source file, job id, revised prompt, ...
+    world_json: str  # exact state of a simulated world, "{}" elsewhere
+    licence: str
+    distillation: str  # allowed | disallowed | unknown
+    cost: float
+    currency: str
+    width: int
+    height: int
+    frames: int
+    fps: float
+    duration_s: float
+    video_sha256: str
+    perceptual_hash: str  # 16 hex digits
+
+    def to_json(self) -> bytes:
+        """The member's bytes: compact, key order as declared, UTF-8."""
+        return json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def sample_key(prompt_id: str, take: int) -> str:
+    """The name of a sample inside tars: `[a-z0-9_-]` only, since WebDataset cuts names at the first dot."""
+    key = f"{prompt_id}-{take:02d}"
+    assert KEY.fullmatch(key), key
+    return key
+
+
+def parse_sample(data: bytes, where: str) -> Sample:
+    """Read a JSON member that a stranger may have written.
+
+    Raises UserError naming `where` when the schema version, the set of keys, a type or the key alphabet is off.
+    """
+    try:
+        record = json.loads(data)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected a JSON object, got {type(record).__name__}")
+    if record.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(
+            f"{where}: schema version {record.get('schema_version')!r}, this afd reads {SCHEMA_VERSION}. "
+            "Use the afd that wrote the cache, or cache again into a new folder."
+        )
+    types = {"int": int, "str": str, "float": float}
+    expected = {field.name: types[str(field.type)] for field in fields(Sample)}
+    if record.keys() != expected.keys():
+        odd = sorted(record.keys() ^ expected.keys())
+        raise UserError(f"{where}: keys missing or unknown: {', '.join(map(str, odd[:5]))}")
+    for name, kind in expected.items():
+        if type(record[name]) is not kind:
+            raise UserError(f"{where}: {name} is {type(record[name]).__name__}, expected {kind.__name__}")
+    if not KEY.fullmatch(record["key"]) or record["split"] not in SPLITS:
+        raise UserError(f"{where}: bad key {record['key']!r} or split {record['split']!r}")
+    return Sample(**record)
