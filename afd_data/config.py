@@ -39,13 +39,9 @@ class PromptsConfig(Config):
     )
     column: str = Field("prompt", description="column or key that holds the text (csv, jsonl, parquet, Hub)")
     limit: int | None = Field(None, ge=1, description="use only this many prompts of the source")
-    validation: int = Field(
-        0, ge=0, description="prompts held out for tuning and for the discriminator's check"
-    )
+    validation: int = Field(0, ge=0, description="prompts held out for tuning and for the discriminator's check")
     test: int = Field(0, ge=0, description="prompts held out for `afd eval`")
-    test_source: str | None = Field(
-        None, description="take evaluation prompts from here instead of holding out"
-    )
+    test_source: str | None = Field(None, description="take evaluation prompts from here instead of holding out")
     near_duplicate: float = Field(
         0.8, gt=0, le=1, description="Jaccard similarity of word triples from which two prompts count as one"
     )
@@ -59,12 +55,8 @@ class FlawsConfig(Config):
     wrong_bounce: float = Field(0.0, ge=0, le=1, description="share of videos with another restitution")
     drag: float = Field(0.0, ge=0, le=1, description="share of videos with air drag")
     jitter: float = Field(0.0, ge=0, description="position noise in radii, every frame")
-    pass_through: float = Field(
-        0.0, ge=0, le=1, description="share of videos whose bodies pass through walls"
-    )
-    vanish: float = Field(
-        0.0, ge=0, le=1, description="share of videos in which a body disappears for some frames"
-    )
+    pass_through: float = Field(0.0, ge=0, le=1, description="share of videos whose bodies pass through walls")
+    vanish: float = Field(0.0, ge=0, le=1, description="share of videos in which a body disappears for some frames")
 
 
 class PlaygroundConfig(Config):
@@ -81,19 +73,15 @@ class FolderConfig(Config):
     path: str = Field(description="folder that holds the videos")
     captions: str | None = Field(
         None,
-        description="csv or jsonl with `file` and `caption`; default: captions.csv, captions.jsonl or x.txt beside x.mp4",
+        description="csv or jsonl with `file` and `caption`; default: captions.csv, captions.jsonl, x.txt beside x.mp4",
     )
-    fit: Literal["crop", "pad"] = Field(
-        "crop", description="how another aspect ratio is met; never stretched"
-    )
+    fit: Literal["crop", "pad"] = Field("crop", description="how another aspect ratio is met; never stretched")
     short: Literal["reject", "loop", "hold"] = Field(
         "hold",
-        description="a clip shorter than asked: reject it, play it again backwards and forwards, or hold the last frame",
+        description="a clip shorter than asked: reject it, play it backwards and forwards, or hold the last frame",
     )
     start: Literal["begin", "middle"] = Field("begin", description="which part of a longer clip is taken")
-    licence: str = Field(
-        "unknown", description="licence of the videos, written into every sample and the card"
-    )
+    licence: str = Field("unknown", description="licence of the videos, written into every sample and the card")
     distillation: Literal["allowed", "disallowed", "unknown"] = Field(
         "unknown", description="whether the videos' terms allow distillation"
     )
@@ -128,9 +116,7 @@ class StreamConfig(Config):
     """How shards become batches."""
 
     folder: str | None = Field(None, description="read another cache than this recipe's own")
-    decoder: Literal["auto", "decord", "pyav"] = Field(
-        "auto", description="auto: decord where installed, else PyAV"
-    )
+    decoder: Literal["auto", "decord", "pyav"] = Field("auto", description="auto: decord where installed, else PyAV")
     workers: int = Field(0, ge=0, le=64, description="decoding processes (spawned); 0 decodes in the trainer")
     memory_mb: int = Field(512, ge=0, description="decoded clips kept in memory")
 
@@ -139,9 +125,7 @@ class DataConfig(Config):
     """The sections that `afd_data` reads; `afd_train.config.Recipe` adds the rest of an experiment."""
 
     extends: str | None = Field(None, description="a recipe to start from (one parent; values here win)")
-    out: str = Field(
-        description="folder for everything the experiment writes; relative to where `afd` is run"
-    )
+    out: str = Field(description="folder for everything the experiment writes; relative to where `afd` is run")
     seed: int = Field(0, ge=0, lt=2**31, description="every random number of the experiment follows from it")
     video: VideoConfig = VideoConfig()
     prompts: PromptsConfig

@@ -24,9 +24,7 @@ class StudentConfig(Config):
     heads: int = Field(4, ge=1)
     layers: int = Field(5, ge=1)
     ffn_dim: int = Field(512, ge=8)
-    chunk_frames: int = Field(
-        2, ge=1, description="latent frames generated together, attending to the chunks before"
-    )
+    chunk_frames: int = Field(2, ge=1, description="latent frames generated together, attending to the chunks before")
     steps: tuple[int, ...] = Field(
         (1000,),
         min_length=1,
@@ -37,22 +35,16 @@ class StudentConfig(Config):
         "velocity",
         description="what the network's output means; Wan: velocity; small worlds learn `clean` better",
     )
-    autoencoder: Literal["pixels"] = Field(
-        "pixels", description="weight-free space-to-depth of centred pixels"
-    )
+    autoencoder: Literal["pixels"] = Field("pixels", description="weight-free space-to-depth of centred pixels")
     pixel_factor: int = Field(2, ge=1, le=16, description="pixels a side folded into channels")
-    text_encoder: Literal["hashed-words"] = Field(
-        "hashed-words", description="weight-free bag of hashed words"
-    )
+    text_encoder: Literal["hashed-words"] = Field("hashed-words", description="weight-free bag of hashed words")
     text_tokens: int = Field(16, ge=1, le=512, description="words of a prompt that are kept")
     text_dim: int = Field(64, ge=4)
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> StudentConfig:
         if self.dim % self.heads or (self.dim // self.heads) % 2 or self.dim // self.heads < 12:
-            raise ValueError(
-                f"dim: {self.dim} / heads {self.heads} must be an even number >= 12 (rotary embedding)"
-            )
+            raise ValueError(f"dim: {self.dim} / heads {self.heads} must be an even number >= 12 (rotary embedding)")
         if any(not 0 < step <= 1000 for step in self.steps) or list(self.steps) != sorted(
             set(self.steps), reverse=True
         ):
@@ -70,12 +62,8 @@ class DiscriminatorConfig(Config):
     patch: int = Field(2, ge=1, description="latent pixels a side of a token")
     learning_rate: float = Field(1e-4, gt=0, description="while the student trains")
     weight_decay: float = Field(1e-2, ge=0)
-    input_noise: float = Field(
-        0.8, ge=0, description="standard deviation of noise added to its input while it trains"
-    )
-    warmup_steps: int = Field(
-        100, ge=0, description="updates on cached base rollouts before the student moves"
-    )
+    input_noise: float = Field(0.8, ge=0, description="standard deviation of noise added to its input while it trains")
+    warmup_steps: int = Field(100, ge=0, description="updates on cached base rollouts before the student moves")
     warmup_learning_rate: float = Field(1e-3, gt=0)
     warmup_prompts: int = Field(32, ge=1, description="distinct prompts in a warm-up batch")
 
@@ -102,9 +90,7 @@ class DistilConfig(Config):
     """Few-step distillation on the student's own rollouts (distribution matching, as in Self-Forcing)."""
 
     name: Literal["distil"] = "distil"
-    fake_learning_rate: float = Field(
-        4e-4, gt=0, description="of the online score of the student's own videos"
-    )
+    fake_learning_rate: float = Field(4e-4, gt=0, description="of the online score of the student's own videos")
     fake_updates: int = Field(2, ge=1, description="updates of that score for one of the student")
 
 
@@ -112,24 +98,14 @@ class AfdConfig(Config):
     """Adversarial Flow Distillation (arXiv 2605.26105)."""
 
     name: Literal["afd"] = "afd"
-    policy_mix: float = Field(
-        0.1, gt=0, le=1, description="beta of eq. 4: how far v+ and v- lie from the old policy"
-    )
-    old_policy_decay: float = Field(
-        0.99, ge=0, lt=1, description="EMA of the student that serves as the old policy"
-    )
-    prior_weight: float = Field(
-        1e-4, ge=0, description="lambda of eq. 5: pull towards the frozen reference student"
-    )
+    policy_mix: float = Field(0.1, gt=0, le=1, description="beta of eq. 4: how far v+ and v- lie from the old policy")
+    old_policy_decay: float = Field(0.99, ge=0, lt=1, description="EMA of the student that serves as the old policy")
+    prior_weight: float = Field(1e-4, ge=0, description="lambda of eq. 5: pull towards the frozen reference student")
     advantage_clip: float = Field(5.0, gt=0, description="in global standard deviations")
-    shuffled_advantages: bool = Field(
-        False, description="control: give every rollout another rollout's advantage"
-    )
+    shuffled_advantages: bool = Field(False, description="control: give every rollout another rollout's advantage")
 
 
-Objective = Annotated[
-    AfdConfig | SupervisedConfig | DistilConfig | FlowMatchingConfig, Field(discriminator="name")
-]
+Objective = Annotated[AfdConfig | SupervisedConfig | DistilConfig | FlowMatchingConfig, Field(discriminator="name")]
 
 
 class TrainConfig(Config):
@@ -146,15 +122,11 @@ class TrainConfig(Config):
     )
     weight_decay: float = Field(1e-4, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    evaluation_ema: float = Field(
-        0.97, ge=0, lt=1, description="decay of the averaged student that is evaluated"
-    )
+    evaluation_ema: float = Field(0.97, ge=0, lt=1, description="decay of the averaged student that is evaluated")
     seconds: float | None = Field(None, gt=0, description="stop earlier, after this much training time")
     save_every_steps: int = Field(50, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
-    validate_every_steps: int = Field(
-        50, ge=1, description="scores on held-out prompts and a strip of fixed videos"
-    )
+    validate_every_steps: int = Field(50, ge=1, description="scores on held-out prompts and a strip of fixed videos")
     validation_prompts: int = Field(16, ge=1)
     stop_reference_distance: float = Field(
         5.0,
