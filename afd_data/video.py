@@ -1,0 +1,190 @@
+"""Videos: mp4 <-> uint8 [F, H, W, 3] (frame, row, column, RGB), and nothing of samples, tars or networks.
+
+Writing is deterministic: the same frames and settings give the same bytes (one x264 thread, no dates).
+Reading gives equal frames from either decoder.  decord is used where it is installed and able; PyAV reads the rest
+(decord 0.6 cannot return frames 8, 12, 16, 24, 48 or 72 pixels wide, and picks its own of several video tracks).
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
+
+from afd_data.config import VideoConfig
+from afd_data.errors import UserError
+
+Source = Path | bytes
+Decoder = Literal["auto", "decord", "pyav"]
+BT709 = 1  # the same number for matrix, primaries and transfer (ITU-T H.273)
+
+
+@dataclass(frozen=True)
+class Video:
+    """Decoded frames, uint8 [F, H, W, 3] in RGB, at `fps` frames per second."""
+
+    frames: np.ndarray
+    fps: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a file says of its main video track, the frames counted by reading every packet."""
+
+    width: int
+    height: int
+    frames: int
+    fps: float
+    codec: str
+    pixel_format: str
+    declared_frames: int  # 0 where the container does not say
+    video_tracks: int
+
+
+def write_mp4(path: Path, frames: np.ndarray, video: VideoConfig) -> None:
+    """Write uint8 [F, H, W, 3] as H.264 in an mp4 whose index stands first.
+
+    Lossless is RGB inside H.264 and comes back bit for bit; otherwise yuv420p at `video.crf`, tagged BT.709.
+    """
+    check_frames(frames)
+    rate = Fraction(video.fps).limit_denominator(1001)
+    codec, pixels = ("libx264rgb", "rgb24") if video.lossless else ("libx264", "yuv420p")
+    # bitexact leaves the muxer's version out of the file; x264's own threads would change its decisions.
+    flags = {"movflags": "+faststart", "fflags": "+bitexact"}
+    with av.open(str(path), "w", format="mp4", options=flags) as container:
+        stream = container.add_stream(codec, rate=rate, options={"crf": str(0 if video.lossless else video.crf)})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = pixels
+        stream.codec_context.thread_count = 1
+        if not video.lossless:
+            stream.codec_context.colorspace = BT709
+            stream.codec_context.color_primaries = BT709
+            stream.codec_context.color_trc = BT709
+            stream.codec_context.color_range = ColorRange.MPEG
+        for index, rgb in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
+            if not video.lossless:
+                frame = frame.reformat(format=pixels, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+            frame.pts, frame.time_base = index, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def check_frames(frames: np.ndarray) -> None:
+    """Raises ValueError unless frames is uint8 [F, H, W, 3] with even height and width."""
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
+        raise ValueError(f"frames: expected uint8 [F, H, W, 3], got {frames.dtype} {list(frames.shape)}")
+    if frames.shape[1] % 2 or frames.shape[2] % 2:
+        raise ValueError(f"frames: height and width must be even for H.264, got {list(frames.shape)}")
+
+
+def probe(source: Source, name: str | None = None) -> Probe:
+    """Facts of the main video track, without decoding.  Raises UserError naming the file and what is wrong with it."""
+    name = name or _name(source)
+    try:
+        with av.open(_opened(source)) as container:
+            stream = container.streams.best("video")
+            if stream is None:
+                raise UserError(f"{name}: no video track in it")
+            packets = sum(1 for packet in container.demux(stream) if packet.size)
+            context = stream.codec_context
+            return Probe(
+                width=context.width,
+                height=context.height,
+                frames=packets,
+                fps=float(stream.average_rate or stream.guessed_rate or 0),
+                codec=context.name,
+                pixel_format=context.pix_fmt or "",
+                declared_frames=stream.frames,
+                video_tracks=len(container.streams.video),
+            )
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{name}: {_diagnosis(source, error)}") from None
+
+
+def read_video(source: Source, decoder: Decoder = "auto", name: str | None = None) -> Video:
+    """Decode a whole video.  `name` stands for bytes in messages.
+
+    Raises UserError naming the file: not a video, an HTML page, truncated, without frames.
+    """
+    name = name or _name(source)
+    facts = probe(source, name)
+    if facts.frames == 0 or facts.fps <= 0:
+        raise UserError(f"{name}: the video has no frames")
+    if facts.declared_frames > facts.frames:
+        raise UserError(
+            f"{name}: truncated: it declares {facts.declared_frames} frames and holds {facts.frames}. Copy it again."
+        )
+    frames = None
+    if decoder != "pyav" and facts.video_tracks == 1:
+        frames = _decord_frames(source, name, required=decoder == "decord")
+    if frames is None:
+        frames = _pyav_frames(source, name)
+    if len(frames) < facts.frames:
+        raise UserError(f"{name}: damaged: {facts.frames} frames in the file, only {len(frames)} can be decoded")
+    return Video(frames, facts.fps)
+
+
+def _decord_frames(source: Source, name: str, required: bool) -> np.ndarray | None:
+    """uint8 [F, H, W, 3], or None where decord is absent or unable and another decoder may try."""
+    try:
+        import decord
+    except ImportError:
+        if required:
+            raise UserError("stream.decoder: decord is not installed; use `auto` or `pyav`") from None
+        return None
+    decord.logging.set_level(decord.logging.QUIET)
+    try:
+        reader = decord.VideoReader(_opened(source), num_threads=1)
+        return reader.get_batch(range(len(reader))).asnumpy()
+    except (decord.DECORDError, RuntimeError):
+        return None
+
+
+def _pyav_frames(source: Source, name: str) -> np.ndarray:
+    """uint8 [F, H, W, 3] of the main video track."""
+    try:
+        with av.open(_opened(source)) as container:
+            stream = container.streams.best("video")
+            assert stream is not None, "probe() found one"
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+    except (av.error.FFmpegError, OSError) as error:
+        raise UserError(f"{name}: {_diagnosis(source, error)}") from None
+    if len({frame.shape for frame in frames}) != 1:
+        raise UserError(f"{name}: no frame can be decoded" if not frames else f"{name}: the size changes inside")
+    return np.stack(frames)
+
+
+def _opened(source: Source) -> str | io.BytesIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else str(source)
+
+
+def _name(source: Source) -> str:
+    return "video" if isinstance(source, bytes) else str(source)
+
+
+def _diagnosis(source: Source, error: Exception) -> str:
+    """Why it cannot be opened, in words a user can act on."""
+    if isinstance(source, Path):
+        if not source.is_file():
+            return "no such file"
+        with source.open("rb") as file:
+            head = file.read(512)
+    else:
+        head = source[:512]
+    if not head:
+        return "the file is empty"
+    text = head.lstrip().lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        return "an HTML page, not a video; the download answered with an error page"
+    if head[4:8] == b"ftyp":
+        return "truncated or damaged mp4 (its index cannot be read). Copy it again."
+    return f"not a video ({type(error).__name__})"
