@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Literal
 
 import av
+import av.error
 import numpy as np
+from av.container import InputContainer
 from av.video.reformatter import ColorRange, Colorspace
+from av.video.stream import VideoStream
 
 from afd_data.config import VideoConfig
 from afd_data.errors import UserError
 
 Source = Path | bytes
 Decoder = Literal["auto", "decord", "pyav"]
-BT709 = 1  # the same number for matrix, primaries and transfer (ITU-T H.273)
+RGB_MATRIX, BT709 = 0, 1  # ITU-T H.273; BT.709 is 1 as matrix, as primaries and as transfer
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Probe:
 def write_mp4(path: Path, frames: np.ndarray, video: VideoConfig) -> None:
     """Write uint8 [F, H, W, 3] as H.264 in an mp4 whose index stands first.
 
-    Lossless is RGB inside H.264 and comes back bit for bit; otherwise yuv420p at `video.crf`, tagged BT.709.
+    Lossless is RGB inside H.264 and comes back bit for bit, in browsers too: without its matrix tag Chromium takes the
+    planes for YUV.  (yuv444p crf 0 would be up to 2 levels off.)  Otherwise yuv420p at `video.crf`, tagged BT.709.
     """
     check_frames(frames)
     rate = Fraction(video.fps).limit_denominator(1001)
@@ -61,12 +65,11 @@ def write_mp4(path: Path, frames: np.ndarray, video: VideoConfig) -> None:
         stream = container.add_stream(codec, rate=rate, options={"crf": str(0 if video.lossless else video.crf)})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = pixels
-        stream.codec_context.thread_count = 1
-        if not video.lossless:
-            stream.codec_context.colorspace = BT709
-            stream.codec_context.color_primaries = BT709
-            stream.codec_context.color_trc = BT709
-            stream.codec_context.color_range = ColorRange.MPEG
+        context = stream.codec_context
+        context.thread_count = 1
+        context.colorspace = RGB_MATRIX if video.lossless else BT709
+        context.color_range = ColorRange.JPEG if video.lossless else ColorRange.MPEG
+        context.color_primaries = context.color_trc = BT709
         for index, rgb in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
             if not video.lossless:
@@ -88,10 +91,8 @@ def probe(source: Source, name: str | None = None) -> Probe:
     """Facts of the main video track, without decoding.  Raises UserError naming the file and what is wrong with it."""
     name = name or _name(source)
     try:
-        with av.open(_opened(source)) as container:
-            stream = container.streams.best("video")
-            if stream is None:
-                raise UserError(f"{name}: no video track in it")
+        with av.open(_opened(source), "r") as container:
+            stream = main_track(container, name)
             packets = sum(1 for packet in container.demux(stream) if packet.size)
             context = stream.codec_context
             return Probe(
@@ -108,6 +109,14 @@ def probe(source: Source, name: str | None = None) -> Probe:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{name}: {_diagnosis(source, error)}") from None
+
+
+def main_track(container: InputContainer, name: str) -> VideoStream:
+    """The video track that a player would show.  Raises UserError where there is none."""
+    stream = container.streams.best("video")
+    if not isinstance(stream, VideoStream):
+        raise UserError(f"{name}: no video track in it")
+    return stream
 
 
 def read_video(source: Source, decoder: Decoder = "auto", name: str | None = None) -> Video:
@@ -152,9 +161,8 @@ def _decord_frames(source: Source, name: str, required: bool) -> np.ndarray | No
 def _pyav_frames(source: Source, name: str) -> np.ndarray:
     """uint8 [F, H, W, 3] of the main video track."""
     try:
-        with av.open(_opened(source)) as container:
-            stream = container.streams.best("video")
-            assert stream is not None, "probe() found one"
+        with av.open(_opened(source), "r") as container:
+            stream = main_track(container, name)
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
     except (av.error.FFmpegError, OSError) as error:
         raise UserError(f"{name}: {_diagnosis(source, error)}") from None
