@@ -12,7 +12,10 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Metric:
-    """One number a video.  `definition` is one or two plain sentences: the report prints it for the reader."""
+    """One number a video.  `definition` is one or two plain sentences: the report prints it for the reader.
+
+    Units `share` and `videos` are printed as per cent; `videos` marks a yes or no, 1.0 or 0.0 a video.
+    """
 
     better: Literal["higher", "lower"]
     unit: str
