@@ -1,0 +1,144 @@
+"""What a recipe would do: the resolved recipe as YAML, and counts, sizes and cost.  Reads, never writes; torch-free."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from afd_data.config import VideoConfig
+from afd_data.journal import Journal
+from afd_data.plan import plan_samples
+from afd_data.prompts import Prompt, load_prompts
+from afd_data.teachers import Teacher, open_teacher
+from afd_train.config import Recipe, TrainConfig
+from afd_train.recipe import LoadedRecipe
+from afd_train.recipe_yaml import Value, child_of
+from afd_train.runs import cache_folder, eval_folder, stream_folder, train_folder
+
+# Measured with afd's own encoder on the playground (lossless 16 x 16) and on filmed clips (crf 18).
+_CONTAINER_BYTES = 1_700
+_JSON_AND_TAR_BYTES = 5_000
+_LOSSLESS_BYTES_PER_PIXEL = 0.4
+_LOSSY_BYTES_PER_PIXEL = 0.05
+_PLAIN_TEXT = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
+_NOT_TEXT = re.compile(r"true|false|null|~", re.IGNORECASE)
+
+
+def recipe_text(loaded: LoadedRecipe) -> str:
+    """The whole recipe as YAML that `afd` reads again; a given value names its place, the others are defaults."""
+    return "\n".join(_section_lines(loaded.recipe, loaded.tree, ""))
+
+
+def plan_text(recipe: Recipe) -> str:
+    """The plan of all stages.  Raises UserError where the prompts or the teacher's folder cannot be used."""
+    return "\n".join(["", "Plan", *_cache_lines(recipe), *_train_lines(recipe), *_eval_lines(recipe)])
+
+
+def video_bytes(video: VideoConfig) -> int:
+    """A guess, good to a factor of two or so, of what a sample takes in a shard."""
+    pixels = video.width * video.height * video.frames
+    rate = _LOSSLESS_BYTES_PER_PIXEL if video.lossless else _LOSSY_BYTES_PER_PIXEL
+    return round(_CONTAINER_BYTES + _JSON_AND_TAR_BYTES + rate * pixels)
+
+
+def _section_lines(section: BaseModel, given: Value | None, indent: str) -> list[str]:
+    lines = []
+    for key in type(section).model_fields:
+        value = getattr(section, key)
+        if key == "extends" and value is None:
+            continue
+        tree = child_of(given, key) if given else None
+        place = f"  # {tree.place.label}" if tree else ""
+        if isinstance(value, BaseModel):
+            lines += [f"{indent}{key}:", *_section_lines(value, tree, indent + "  ")]
+        elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
+            lines.append(f"{indent}{key}:")
+            for index, item in enumerate(value):
+                inner = _section_lines(item, child_of(tree, index) if tree else None, indent + "    ")
+                lines += [f"{indent}  - {inner[0].lstrip()}", *inner[1:]]
+        else:
+            lines.append(f"{indent}{key}: {_scalar(value)}{place}")
+    return lines
+
+
+def _scalar(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_scalar, value))}]"
+    if isinstance(value, str) and _PLAIN_TEXT.fullmatch(value) and not _NOT_TEXT.fullmatch(value):
+        return value
+    return json.dumps(value)
+
+
+def _cache_lines(recipe: Recipe) -> list[str]:
+    folder = cache_folder(recipe)
+    teacher = open_teacher(recipe.teacher)
+    if recipe.prompts.source.startswith("hf://") or (recipe.prompts.test_source or "").startswith("hf://"):
+        return [f"  cache-teacher  prompts of {recipe.prompts.source} are counted when they are read -> {folder}"]
+    prompts = load_prompts(recipe.prompts, Path(), teacher)
+    splits = Counter(prompt.split for prompt in prompts)
+    wanted = plan_samples(recipe, prompts, teacher.identity)
+    there = _present(folder, {sample.fingerprint for sample in wanted})
+    size = len(wanted) * video_bytes(recipe.video)
+    cost = "billed by the provider" if teacher.identity.paid else "0 (a free teacher)"
+    return [
+        f"  cache-teacher  {recipe.teacher.name}; prompts: "
+        + ", ".join(f"{splits[split]} {split}" for split in ("train", "validation", "test")),
+        f"                 {len(wanted)} videos, {there} of them there, {len(wanted) - there} requests to make"
+        + _refusals(teacher, prompts),
+        f"                 about {_megabytes(size)} in {folder}; cost: {cost}",
+    ]
+
+
+def _refusals(teacher: Teacher, prompts: list[Prompt]) -> str:
+    """A teacher that brings its own prompts knows no others."""
+    own = set(teacher.prompts())
+    unknown = sum(prompt.text not in own for prompt in prompts) if own else 0
+    return f" ({unknown} prompts have no video in the folder)" if unknown else ""
+
+
+def _present(folder: Path, fingerprints: set[str]) -> int:
+    path = folder / "journal.sqlite"
+    if not path.is_file():
+        return 0
+    journal = Journal(path, writable=False)
+    try:
+        return sum(row.fingerprint in fingerprints for row in journal.rows(states=("spooled", "sealed")))
+    finally:
+        journal.close()
+
+
+def _train_lines(recipe: Recipe) -> list[str]:
+    runs = [*((f"pretrain.{index}", run) for index, run in enumerate(recipe.pretrain)), ("train", recipe.train)]
+    lines = [f"  {'train':<14} {name}: {_run_text(run)}" for name, run in runs]
+    return [*lines, f"                 reads {stream_folder(recipe)}, writes {train_folder(recipe)}"]
+
+
+def _run_text(run: TrainConfig) -> str:
+    clips = run.steps * run.prompts_per_step
+    limit = f", at most {run.seconds:g} s" if run.seconds else ""
+    text = f"{run.objective.name}, {run.steps} steps x {run.prompts_per_step} prompts"
+    if run.objective.name == "afd":
+        text += f" x {run.rollouts_per_prompt} rollouts"
+        clips *= run.rollouts_per_prompt
+    return f"{text} = {clips} clips{limit}"
+
+
+def _eval_lines(recipe: Recipe) -> list[str]:
+    config = recipe.eval
+    held_out = recipe.prompts.test if config.split == "test" else recipe.prompts.validation
+    count = min(config.prompts or held_out, held_out) if held_out else config.prompts
+    prompts = f"{count} prompts" if count else "all prompts"
+    total = f" = {count * config.clips_per_prompt * len(config.policies)} clips" if count else ""
+    return [
+        f"  eval           {config.split}: {prompts} x {config.clips_per_prompt} clips x {len(config.policies)} "
+        f"policies ({', '.join(config.policies)}){total}",
+        f"                 writes {eval_folder(recipe)}",
+    ]
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB"

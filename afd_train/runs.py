@@ -1,0 +1,32 @@
+"""Where a run keeps what: the only file that knows the names of the folders below OUT.  Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from afd_data.config import DataConfig
+
+
+def cache_folder(recipe: DataConfig) -> Path:
+    """What `cache-teacher` writes: `cache.folder`, or OUT/cache."""
+    return Path(recipe.cache.folder) if recipe.cache.folder else Path(recipe.out) / "cache"
+
+
+def stream_folder(recipe: DataConfig) -> Path:
+    """The cache that training and evaluation read: `stream.folder`, or the recipe's own."""
+    return Path(recipe.stream.folder) if recipe.stream.folder else cache_folder(recipe)
+
+
+def train_folder(recipe: DataConfig) -> Path:
+    """Checkpoints, metrics.jsonl, TensorBoard files, validation strips."""
+    return Path(recipe.out) / "train"
+
+
+def student_folder(recipe: DataConfig) -> Path:
+    """The student that a finished training leaves behind."""
+    return train_folder(recipe) / "student"
+
+
+def eval_folder(recipe: DataConfig) -> Path:
+    """report.html, results.json, metrics.parquet, videos/."""
+    return Path(recipe.out) / "eval"

@@ -1,0 +1,40 @@
+"""RECIPE, --set and --dry-run: the same for every command that takes a recipe."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+RECIPE_HELP = "RECIPE is a YAML file, or the name of a recipe that afd ships, such as quickstart."
+
+
+def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command RECIPE, --set and --dry-run; it gets the validated `recipe`, and is not called in a dry run."""
+
+    @click.argument("recipe_name", metavar="RECIPE")
+    @click.option(
+        "--set",
+        "sets",
+        metavar="KEY=VALUE",
+        multiple=True,
+        help="Change a value: --set train.steps=100, --set pretrain.0.steps=50. Repeatable; VALUE is YAML; "
+        "paths are relative to this folder.",
+    )
+    @click.option("--dry-run", is_flag=True, help="Print the resolved recipe and the plan; do and write nothing.")
+    @functools.wraps(command)
+    def wrapped(recipe_name: str, sets: tuple[str, ...], dry_run: bool, **others: Any) -> None:
+        from afd_train.recipe import read_recipe
+
+        loaded = read_recipe(recipe_name, sets)
+        if dry_run:
+            from afd_train.dry_run import plan_text, recipe_text
+
+            click.echo(recipe_text(loaded))
+            click.echo(plan_text(loaded.recipe))
+        else:
+            command(recipe=loaded.recipe, **others)
+
+    return wrapped

@@ -1,0 +1,80 @@
+"""The stages as calls of the Python API, with a heading and the time each took."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from afd_data.errors import UserError
+
+NAMES = ("cache-teacher", "train", "eval")
+
+
+def cache_teacher(recipe) -> None:
+    """Ask for what is missing, seal, and print the summary."""
+    from afd_data.cache import cache_teacher
+
+    from afd_data.prompts import load_prompts
+    from afd_data.teachers import open_teacher
+    from afd_train.runs import cache_folder
+
+    teacher = open_teacher(recipe.teacher)
+    prompts = load_prompts(recipe.prompts, Path(), teacher)
+    click.echo(cache_teacher(recipe, prompts, cache_folder(recipe), teacher).text())
+
+
+def train(recipe) -> None:
+    """Train or go on training."""
+    from afd_train.trainer import train
+
+    train(recipe)
+
+
+def evaluate(recipe) -> None:
+    """Evaluate and print the result lines and the report's path."""
+    from afd_train.evaluation.evaluate import evaluate
+
+    report = evaluate(recipe)
+    click.echo("\n".join(result_lines(report.parent / "results.json")))
+    click.echo(f"Report: {report}")
+
+
+def run(recipe, until: str) -> None:
+    """The stages up to `until`, each under a heading."""
+    stages: dict[str, Callable] = {"cache-teacher": cache_teacher, "train": train, "eval": evaluate}
+    for number, name in enumerate(NAMES[: NAMES.index(until) + 1], start=1):
+        click.secho(f"[{number}/{NAMES.index(until) + 1}] {name}", bold=True)
+        start = time.monotonic()
+        stages[name](recipe)
+        click.echo(f"{name} took {time.monotonic() - start:.0f} s\n")
+
+
+def generate(student: str, prompt: str, output: Path, seed: int, chunks: int | None) -> None:
+    """Write one video; `student` is a folder or a recipe's name."""
+    if output.suffix.lower() != ".mp4":
+        raise UserError(f"--output {output}: the name must end in .mp4")
+    folder = Path(student)
+    if not folder.is_dir():
+        from afd_train.recipe import load_recipe
+        from afd_train.runs import student_folder
+
+        folder = student_folder(load_recipe(student))
+    from afd_train.generate import generate
+
+    generate(folder, prompt, output, seed, chunks)
+    click.echo(f"Wrote {output}")
+
+
+def result_lines(results: Path) -> list[str]:
+    """`object_permanence: student 0.91, base 0.80, difference +0.11 [+0.05, +0.17], p 0.002` a comparison."""
+    return [_result_line(row) for row in json.loads(results.read_text())["comparisons"]]
+
+
+def _result_line(row: dict) -> str:
+    means = f"{row['a']} {row['mean_a']:.3f}, {row['b']} {row['mean_b']:.3f}"
+    interval = f"{row['delta']:+.3f} [{row['lo']:+.3f}, {row['hi']:+.3f}]"
+    return f"{row['metric']} ({row['better']} is better): {means}, difference {interval}, p {row['p']:.3g}"
