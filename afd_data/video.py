@@ -40,7 +40,7 @@ class Video:
 class Probe:
     """What a file says of its main video track, the frames counted by reading every packet."""
 
-    width: int
+    width: int  # as coded, before any turn by 90 degrees
     height: int
     frames: int
     fps: float
@@ -119,6 +119,11 @@ def main_track(container: InputContainer, name: str) -> VideoStream:
     return stream
 
 
+def upright_rgb(frame: av.VideoFrame) -> np.ndarray:
+    """uint8 [H, W, 3], turned as the file asks (telephones film sideways); by the frame's own colour tags."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), k=frame.rotation // 90)
+
+
 def read_video(source: Source, decoder: Decoder = "auto", name: str | None = None) -> Video:
     """Decode a whole video.  `name` stands for bytes in messages.
 
@@ -163,7 +168,7 @@ def _pyav_frames(source: Source, name: str) -> np.ndarray:
     try:
         with av.open(_opened(source), "r") as container:
             stream = main_track(container, name)
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+            frames = [upright_rgb(frame) for frame in container.decode(stream)]
     except (av.error.FFmpegError, OSError) as error:
         raise UserError(f"{name}: {_diagnosis(source, error)}") from None
     if len({frame.shape for frame in frames}) != 1:
