@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 HUB = re.compile(r"hf://datasets/(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<split>[\w.-]+))?")
 
 
-def read_texts(source: str, column: str, base: Path, teacher: Teacher | None) -> Iterator[tuple[str, str]]:
+def read_texts(source: str, column: str, base: Path, teacher: Teacher | None = None) -> Iterator[tuple[str, str]]:
     """(text, where it stands) of every prompt; paths are tried from `base`, then from the current folder.
 
     Raises UserError: no such file, dataset or column, a line that cannot be read.

@@ -1,0 +1,150 @@
+"""A video file of any size, rate and length -> the frames that a recipe asks for, by the rules that `folder` states.
+
+Decodes as a stream: a long file costs no more memory than the clip that is taken from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+import av
+import av.error
+import cv2
+import numpy as np
+from av.container import InputContainer
+
+from afd_data.config import FolderConfig, VideoConfig
+from afd_data.errors import UserError
+from afd_data.video import main_track, upright_rgb
+
+EPSILON_S = 1e-6
+
+
+@dataclass(frozen=True)
+class Clip:
+    """uint8 [F, H, W, 3]; where in the source it starts; how many frames at the end are held or played again."""
+
+    frames: np.ndarray
+    start_s: float
+    made_up: int
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When the packets of a track are shown: the first is at 0 s."""
+
+    origin_s: float  # time stamp of the first frame
+    duration_s: float
+    pixel_aspect: float  # width of a coded pixel over its height
+
+
+def bring_to(video: VideoConfig, path: Path, name: str, rules: FolderConfig) -> Clip:
+    """Take the clip that `video` describes from a file.  Raises UserError: unreadable, damaged, too short."""
+    try:
+        with av.open(str(path), "r") as container:
+            line = _timeline(container, name)
+        wanted_s = video.frames / video.fps
+        start_s = max(0.0, (line.duration_s - wanted_s) / 2) if rules.start == "middle" else 0.0
+        there = min(video.frames, ceil((line.duration_s - start_s - EPSILON_S) * video.fps))
+        if there < video.frames and rules.short == "reject":
+            raise UserError(f"{name}: too short: {line.duration_s:.2f} s, asked for {wanted_s:.2f} s")
+        times = [start_s + k / video.fps for k in range(there)]
+        frames = _pictures(path, name, line, times, video, rules.fit)
+    except (av.error.FFmpegError, OSError) as error:
+        raise UserError(f"{name}: cannot be decoded ({type(error).__name__})") from None
+    if not frames:
+        raise UserError(f"{name}: no frame can be decoded")
+    order = played_again(len(frames), video.frames) if rules.short == "loop" else held(len(frames), video.frames)
+    return Clip(np.stack([frames[index] for index in order]), start_s, video.frames - there)
+
+
+def held(there: int, wanted: int) -> list[int]:
+    """Frame indices with the last one held: (3, 5) -> 0 1 2 2 2."""
+    return [min(index, there - 1) for index in range(wanted)]
+
+
+def played_again(there: int, wanted: int) -> list[int]:
+    """Frame indices backwards and forwards without doubled ends: (3, 7) -> 0 1 2 1 0 1 2."""
+    period = max(1, 2 * (there - 1))
+    return [min(index % period, period - index % period) for index in range(wanted)]
+
+
+def fitted(rgb: np.ndarray, video: VideoConfig, fit: str, pixel_aspect: float = 1.0) -> np.ndarray:
+    """uint8 [h, w, 3] -> [H, W, 3]: one scale for both directions of the picture, then cut or padded centrally."""
+    height, width = rgb.shape[0], rgb.shape[1] * pixel_aspect
+    ratios = video.width / width, video.height / height
+    scale = max(ratios) if fit == "crop" else min(ratios)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    kernel = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR  # averaging shrinks well and enlarges badly
+    scaled = cv2.resize(rgb, size, interpolation=kernel) if size != (rgb.shape[1], rgb.shape[0]) else rgb
+    if fit == "crop":
+        top, left = (scaled.shape[0] - video.height) // 2, (scaled.shape[1] - video.width) // 2
+        return np.ascontiguousarray(scaled[top : top + video.height, left : left + video.width])
+    canvas = np.zeros((video.height, video.width, 3), np.uint8)
+    top, left = (video.height - scaled.shape[0]) // 2, (video.width - scaled.shape[1]) // 2
+    canvas[top : top + scaled.shape[0], left : left + scaled.shape[1]] = scaled
+    return canvas
+
+
+def _pictures(
+    path: Path, name: str, line: Timeline, times: list[float], video: VideoConfig, fit: str
+) -> list[np.ndarray]:
+    """The frames nearest to `times`, each fitted; a frame that is repeated is worked on once."""
+    pictures: list[np.ndarray] = []
+    previous = None
+    for frame in _nearest(_shown(path, name, line.origin_s), times):
+        if frame is not previous:
+            aspect = 1 / line.pixel_aspect if frame.rotation % 180 else line.pixel_aspect
+            pictures.append(fitted(upright_rgb(frame), video, fit, aspect))
+        else:
+            pictures.append(pictures[-1])
+        previous = frame
+    return pictures
+
+
+def _timeline(container: InputContainer, name: str) -> Timeline:
+    """Read every packet's time stamp without decoding."""
+    stream = main_track(container, name)
+    rate = float(stream.average_rate or stream.guessed_rate or 0)
+    if rate <= 0:
+        raise UserError(f"{name}: the video states no frame rate")
+    aspect = float(stream.sample_aspect_ratio or 1)
+    packets = [packet for packet in container.demux(stream) if packet.size]
+    if not packets:
+        raise UserError(f"{name}: the video has no frames")
+    if stream.frames > len(packets):
+        raise UserError(f"{name}: truncated: it declares {stream.frames} frames and holds {len(packets)}")
+    stamps = sorted(float(p.pts * p.time_base) for p in packets if p.pts is not None and p.time_base is not None)
+    if len(stamps) < len(packets):
+        return Timeline(0.0, len(packets) / rate, aspect)
+    return Timeline(stamps[0], stamps[-1] - stamps[0] + 1 / rate, aspect)
+
+
+def _shown(path: Path, name: str, origin_s: float) -> Iterator[tuple[float, av.VideoFrame]]:
+    """(seconds after the first frame, frame) in the order of showing."""
+    with av.open(str(path), "r") as container:
+        stream = main_track(container, name)
+        rate = float(stream.average_rate or stream.guessed_rate or 1)
+        for index, frame in enumerate(container.decode(stream)):
+            yield (index / rate if frame.time is None else frame.time - origin_s), frame
+
+
+def _nearest(shown: Iterator[tuple[float, av.VideoFrame]], times: list[float]) -> Iterator[av.VideoFrame]:
+    """For each time (ascending, seconds) the frame nearest to it; the earlier one on a tie."""
+    wanted = iter(times)
+    time_s = next(wanted, None)
+    last: tuple[float, av.VideoFrame] | None = None
+    for shown_s, frame in shown:
+        while time_s is not None and shown_s >= time_s - EPSILON_S:
+            earlier = last is not None and time_s - last[0] <= shown_s - time_s + EPSILON_S
+            yield last[1] if last is not None and earlier else frame
+            time_s = next(wanted, None)
+        if time_s is None:
+            return
+        last = shown_s, frame
+    while time_s is not None and last is not None:
+        yield last[1]
+        time_s = next(wanted, None)
