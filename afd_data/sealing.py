@@ -1,0 +1,169 @@
+"""Spool -> shards, in the order of the plan, so that killed and unbroken runs end with the same data.
+
+A sample is decided when every earlier one has come to an end.  Therefore it depends on the plan alone, and not on which
+request was quicker, which of two twins stays and which samples share a shard.
+The order on disk: tar, manifest, journal, and only then is the spool emptied; `Sealer.recover` finishes what a crash
+left between any two of them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+from afd_data.acceptance import Hashes, is_twin
+from afd_data.atomic import PART
+from afd_data.config import CacheConfig
+from afd_data.errors import UserError
+from afd_data.journal import OPEN, Journal, Row
+from afd_data.shards import (
+    SHARD_FILE,
+    Manifest,
+    describe_shard,
+    read_manifest,
+    scan_shard,
+    write_manifest,
+    write_shard,
+)
+from afd_data.spool import Spool
+
+
+class Sealer:
+    """Decides about spooled samples and seals them; one a cache, used by one thread."""
+
+    def __init__(self, folder: Path, journal: Journal, spool: Spool, config: CacheConfig) -> None:
+        self.folder = folder
+        self.manifest = Manifest()
+        self._journal = journal
+        self._spool = spool
+        self._config = config
+        self._hashes = Hashes()
+        self._decided = 0  # id of the last sample of the plan that was decided
+        self._taken: dict[tuple[str, int], list[Row]] = defaultdict(list)  # (split, generation) -> not sealed yet
+        self._taken_bytes: dict[tuple[str, int], int] = defaultdict(int)
+
+    # After a crash
+
+    def recover(self) -> None:
+        """Bring tars, manifest, journal and spool into agreement.  Raises UserError where only a person can."""
+        self._spool.sweep()
+        self._adopt_tars()
+        self._note_sealed()
+        self._empty_spool()
+        query = "SELECT id, perceptual_hash FROM samples WHERE state = 'sealed' ORDER BY id"
+        for sample_id, perceptual_hash in self._journal.select(query):
+            self._hashes.add(sample_id, perceptual_hash)
+
+    def _empty_spool(self) -> None:
+        """Remove spooled files whose sample has been sealed or turned down."""
+        for name in self._spool.names():
+            query = "SELECT state FROM samples WHERE (generation, key) = (?, ?)"
+            if self._journal.select(query, name) in ([("sealed",)], [("rejected",)]):
+                self._spool.drop(name)
+
+    def _adopt_tars(self) -> None:
+        """Name in the manifest the complete tar that a crash kept from being named."""
+        self.manifest = read_manifest(self.folder)
+        for part in self.folder.glob(f"data/*/*{PART}"):
+            part.unlink()
+        known = {shard.file for shard in self.manifest.shards}
+        for file in known:
+            if not (self.folder / file).exists():
+                raise UserError(f"{self.folder / file}: named in the manifest and gone. Put it back. {ELSEWHERE}")
+        for path in sorted(self.folder.glob("data/*/*.tar")):
+            file = path.relative_to(self.folder).as_posix()
+            if file not in known:
+                self._check_ours(path)
+                self.manifest = self.manifest.with_shard(describe_shard(self.folder, file))
+                write_manifest(self.folder, self.manifest)
+
+    def _check_ours(self, path: Path) -> None:
+        for entry in scan_shard(path):
+            found = self._journal.select("SELECT state FROM samples WHERE key = ?", (entry.key,))
+            if ("spooled",) not in found:
+                raise UserError(
+                    f"{path}: the manifest does not name it, and {entry.key!r} is not waiting to be sealed. "
+                    f"Move it out of the cache."
+                )
+
+    def _note_sealed(self) -> None:
+        """Let the journal know of shards that it has not heard of."""
+        heard = dict(self._journal.select("SELECT shard, count(*) FROM samples WHERE state = 'sealed' GROUP BY shard"))
+        for shard in self.manifest.shards:
+            if heard.pop(shard.file, 0) == shard.samples:
+                continue
+            for entry in scan_shard(self.folder / shard.file):
+                found = self._journal.select(
+                    "SELECT id, state FROM samples WHERE generation = ? AND key = ?", (shard.generation, entry.key)
+                )
+                if not found:
+                    raise UserError(
+                        f"{self.folder}: the journal knows nothing of {entry.key!r} in {shard.file}; the two are not "
+                        f"of one cache. Put the right journal.sqlite back. {ELSEWHERE}"
+                    )
+                if found[0][1] != "sealed":
+                    self._journal.move(found[0][0], "sealed", shard=shard.file)
+        if heard:
+            raise UserError(
+                f"{self.folder}: the journal knows of {next(iter(heard))}, the manifest does not. "
+                f"Put the right manifest.json back. {ELSEWHERE}"
+            )
+        self._journal.flush()
+
+    # Deciding and sealing
+
+    def advance(self) -> None:
+        """Decide what can be decided now, and seal the shards that are full."""
+        for row in self._journal.rows(after=self._decided, states=(*OPEN, "spooled"), page=32):
+            if row.state in OPEN:
+                return
+            self._decided = row.id
+            if row.state == "spooled" and not self._reject_twin(row):
+                self._take(row)
+
+    def finish(self) -> None:
+        """Seal what has been decided, full shard or not."""
+        for split, generation in sorted(self._taken):
+            self._seal(split, generation)
+
+    def _reject_twin(self, row: Row) -> bool:
+        bits = self._config.near_duplicate
+        if bits < 0:
+            return False
+        for other in self._hashes.near(row.perceptual_hash, bits):
+            query = "SELECT a.thumbnail, b.thumbnail, b.prompt_id, b.key FROM samples a, samples b WHERE (a.id, b.id)"
+            mine, theirs, prompt_id, key = self._journal.select(f"{query} = (?, ?)", (row.id, other))[0]
+            if prompt_id != row.prompt_id and is_twin(mine, theirs):
+                self._journal.move(row.id, "rejected", reason=f"near-duplicate: shows the same as {key}")
+                self._journal.flush()
+                self._spool.drop((row.generation, row.key))
+                return True
+        return False
+
+    def _take(self, row: Row) -> None:
+        bin_ = (row.split, row.generation)
+        self._hashes.add(row.id, row.perceptual_hash)
+        self._taken[bin_].append(row)
+        self._taken_bytes[bin_] += self._spool.size(row)
+        full = len(self._taken[bin_]) >= self._config.shard_samples
+        if full or self._taken_bytes[bin_] >= self._config.shard_mb * 1e6:
+            self._seal(*bin_)
+
+    def _seal(self, split: str, generation: int) -> None:
+        rows = self._taken.pop((split, generation))
+        self._taken_bytes.pop((split, generation))
+        self._journal.flush()  # what is sealed was durably spooled before
+        number = sum((shard.split, shard.generation) == (split, generation) for shard in self.manifest.shards)
+        file = f"data/{split}/g{generation:04d}-{number:06d}.tar"
+        assert SHARD_FILE.fullmatch(file), file
+        shard = write_shard(self.folder, file, (self._spool.read(row, row.created_at) for row in rows))
+        self.manifest = self.manifest.with_shard(shard)
+        write_manifest(self.folder, self.manifest)
+        for row in rows:
+            self._journal.move(row.id, "sealed", shard=file)
+        self._journal.flush()
+        for row in rows:
+            self._spool.drop((row.generation, row.key))
+
+
+ELSEWHERE = "Or cache into another folder with --set out=FOLDER."
