@@ -37,13 +37,19 @@ def place(
         size = body.size or str(rng.choice([*SIZES]))
         radius = SIZES[size] * (1.0 if body.shape == "ball" else math.sqrt(math.pi) / 2)
         restitution = BOUNCINESS[body.bounciness or str(rng.choice([*BOUNCINESS]))]
+        reach = _reach(body.shape, radius)
         position, velocity = _launch(body, radius, gravity, wall, room, rng)
         for _ in range(1000):
-            if all(math.dist(position, other.position) > radius * 1.2 + other.radius * 1.2 + 0.5 for other in placed):
+            if all(math.dist(position, other.position) > reach + _reach(other.shape, other.radius) for other in placed):
                 break
             position, velocity = _launch(body, radius, gravity, wall, room, rng)
         placed.append(Placed(body.shape, colour, COLOURS[colour], size, radius, restitution, position, velocity))
     return placed
+
+
+def _reach(shape: str, radius: float) -> float:
+    """Radius of the circle around a body, and a little room."""
+    return radius * (1.0 if shape == "ball" else math.sqrt(2)) + 0.25
 
 
 def _launch(

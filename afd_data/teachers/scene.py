@@ -111,14 +111,15 @@ _BOUNCINESS = {
     "very": rf"(?:very|super|extremely|highly|incredibly|wonderfully|most) {_BOUNCY}|rubber|superball"
     rf"|{_BOUNCE} (?:(?:very|extremely|incredibly) (?:well|high|strongly)|superbly|wildly)",
 }
-_THROWN = "(?:thrown|throws|tossed|hurled|flung|flies|flying|shot|kicked|launched|pushed|moves|moving)"
+_THROWN = "(?:thrown|tossed|hurled|flung|shot|kicked|launched|pushed)"
+_FLIES = "(?:thrown|tossed|hurled|flung|shot|kicked|launched|pushed|flies|flying|moves|moving)"
 _ROLLED = "(?:rolls?|rolled|rolling|slides?|sliding)"
 _LAUNCH = {
     "dropped": "drops|dropped|dropping|let go|let fall|released",
-    "thrown-left": rf"{_THROWN}(?: \w+){{0,2}}? (?:(?:to|towards?) the left|leftwards?|left)",
-    "thrown-right": rf"{_THROWN}(?: \w+){{0,2}}? (?:(?:to|towards?) the right|rightwards?|right)",
-    "thrown-up": rf"{_THROWN}(?: \w+){{0,2}}? (?:up|upwards?|into the air)",
-    "thrown-down": rf"{_THROWN}(?: \w+){{0,2}}? (?:down|downwards?|to the ground|to the floor|at the floor)",
+    "thrown-left": rf"{_FLIES}(?: \w+){{0,2}}? (?:(?:to|towards?) the left|leftwards?|left)",
+    "thrown-right": rf"{_FLIES}(?: \w+){{0,2}}? (?:(?:to|towards?) the right|rightwards?|right)",
+    "thrown-up": rf"{_FLIES}(?: \w+){{0,2}}? (?:up|upwards?|into the air)",
+    "thrown-down": rf"{_FLIES}(?: \w+){{0,2}}? (?:down|downwards?|to the ground|to the floor|at the floor)",
     "thrown": _THROWN,
     "rolled-left": rf"{_ROLLED}(?: \w+){{0,2}}? (?:(?:to|towards?) the left|leftwards?|left)",
     "rolled-right": rf"{_ROLLED}(?: \w+){{0,2}}? (?:(?:to|towards?) the right|rightwards?|right)",
@@ -142,7 +143,7 @@ _ARTICLE = {
     "3": "three|3",
     "4": "four|4|five|5|six|many|several",
 }
-_ALL = {"all": "both|all|they|each|everything|every one"}
+_ALL = {"all": "both|all|they|each|everything|every one|are"}
 _PHRASES = (
     ("bounciness", _BOUNCINESS),
     ("launch", _LAUNCH),

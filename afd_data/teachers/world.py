@@ -124,14 +124,16 @@ def _scatter(arbiter: pymunk.Arbiter, rng: np.random.Generator) -> None:
     if not arbiter.is_first_contact:
         return
     shape = next(shape for shape in arbiter.shapes if shape.collision_type == _BODY)
-    across, up = shape.body.velocity
+    mover = shape.body
+    assert mover is not None, "the shape was added with its body"
+    across, up = mover.velocity
     restitution = shape.elasticity
     if up < HARD_BOUNCE * restitution or restitution == 0:
         return
     impact = up / restitution
     spare = 0.5 * min(restitution**2, 1 - restitution**2) * impact**2
     # The cosine prefers the ends: to the left or to the right, seldom straight up.
-    shape.body.velocity = math.sqrt(across**2 + spare) * math.cos(math.pi * rng.random()), up
+    mover.velocity = math.sqrt(across**2 + spare) * math.cos(math.pi * rng.random()), up
 
 
 def _state(
