@@ -1,0 +1,173 @@
+"""Sealed shards -> an endless stream of examples, in an order that any process can work out.
+
+The order is a function of (the set of samples, seed, epoch): neither shards, ranks nor worker processes change it.
+Knows nothing of torch, devices or training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import signal
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
+from pathlib import Path
+
+from afd_data.config import StreamConfig, VideoConfig
+from afd_data.errors import UserError
+from afd_data.examples import Example, Memory, Reading, read_example, read_places
+
+AHEAD = 2  # examples that wait or are decoded per worker process
+
+
+def epoch_order(keys_by_prompt: Mapping[str, Sequence[str]], seed: int, epoch: int) -> list[str]:
+    """Every key once, in rounds: each round visits every prompt that has takes left, once, in random order."""
+
+    def drawn(*what: object) -> bytes:
+        return hashlib.sha256("/".join(map(str, (seed, epoch, *what))).encode()).digest()
+
+    takes = {prompt: sorted(keys, key=drawn) for prompt, keys in keys_by_prompt.items()}
+    rounds = max(map(len, takes.values()), default=0)
+    order = []
+    for number in range(rounds):
+        prompts = [prompt for prompt, keys in takes.items() if len(keys) > number]
+        order += [
+            takes[prompt][number] for prompt in sorted(prompts, key=lambda prompt: drawn("round", number, prompt))
+        ]
+    return order
+
+
+def share_of(order: Sequence[str], rank: int, ranks: int, worker: int = 0, workers: int = 1) -> list[str]:
+    """The share of one worker of one rank: every `ranks`-th item, and of these every `workers`-th."""
+    return list(order[rank::ranks][worker::workers])
+
+
+def leave_ctrl_c_to_the_parent() -> None:
+    """Start of a worker process: the trainer stops it, not the terminal."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class Stream:
+    """Endless examples of one split; `state_dict` and `load_state_dict` go on at the exact sample.
+
+    `video`, where given, is what every clip must look like.  Close it (or use `with`) when `config.workers` > 0.
+    Raises UserError: no samples, fewer samples than ranks, an index that does not fit the manifest.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: StreamConfig,
+        split: str,
+        seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+        video: VideoConfig | None = None,
+    ) -> None:
+        self.config, self.split, self.seed, self.rank, self.ranks = config, split, seed, rank, ranks
+        self.places = read_places(folder, split)
+        self.per_epoch = len(range(rank, len(self.places), ranks))
+        if self.per_epoch == 0:
+            raise UserError(f"{folder}: {len(self.places)} {split} samples cannot feed {ranks} ranks")
+        self.drawn = 0
+        self._reading = Reading(folder, config.decoder, video)
+        self._memory = Memory(config.memory_mb * 2**20)
+        self._pool: ProcessPoolExecutor | None = None
+        self._ahead: deque[tuple[str, Future[Example] | None]] = deque()
+        self._share = lru_cache(maxsize=2)(self._epoch_share)
+
+    @property
+    def keys(self) -> list[str]:
+        """All keys of the split, sorted; the same on every rank."""
+        return sorted(self.places)
+
+    def example(self, key: str) -> Example:
+        """One sample by name, outside the stream's order.  Raises UserError: unknown, damaged, of another shape."""
+        if key not in self.places:
+            raise UserError(f"{self._reading.folder}: no {self.split} sample {key!r}")
+        return self._memory.get(key) or self._memory.put(read_example(self._reading, self.places[key]))
+
+    def next_batch(self, size: int) -> list[Example]:
+        """The next `size` examples of this rank.  Raises UserError naming shard and key of what cannot be used."""
+        return [self._next() for _ in range(size)]
+
+    def state_dict(self) -> dict:
+        """JSON-able: how many examples this rank has drawn, from which data, in which order."""
+        return {"drawn": self.drawn, "seed": self.seed, "data_sha256": self._digest()}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Go on where `state` was taken.  Raises UserError when it belongs to other data or another seed."""
+        if (state["seed"], state["data_sha256"]) != (self.seed, self._digest()):
+            raise UserError(
+                f"{self._reading.folder}: the {self.split} samples or the seed are not those that the interrupted run "
+                "used. Restore the cache and the recipe, or train into a new folder."
+            )
+        self.drawn = state["drawn"]
+        self._forget_ahead()
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._forget_ahead()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _next(self) -> Example:
+        if self.config.workers == 0:
+            example = self.example(self._key(self.drawn))
+        else:
+            example = self._from_workers()
+        self.drawn += 1
+        return example
+
+    def _from_workers(self) -> Example:
+        while len(self._ahead) < AHEAD * self.config.workers:
+            key = self._key(self.drawn + len(self._ahead))
+            known = key in self._memory
+            future = None if known else self._workers().submit(read_example, self._reading, self.places[key])
+            self._ahead.append((key, future))
+        key, future = self._ahead.popleft()
+        if future is None:
+            return self.example(key)
+        try:
+            return self._memory.put(future.result())
+        except BrokenProcessPool:
+            raise UserError(
+                "stream.workers: a decoding process died, probably for want of memory. Use fewer, or 0."
+            ) from None
+
+    def _workers(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            # spawned: decoders and torch's threads do not survive a fork
+            spawn = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.config.workers, spawn, leave_ctrl_c_to_the_parent)
+        return self._pool
+
+    def _forget_ahead(self) -> None:
+        for _, future in self._ahead:
+            if future is not None:
+                future.cancel()
+        self._ahead.clear()
+
+    def _key(self, number: int) -> str:
+        epoch, position = divmod(number, self.per_epoch)
+        return self._share(epoch)[position]
+
+    def _epoch_share(self, epoch: int) -> list[str]:
+        keys_by_prompt: dict[str, list[str]] = {}
+        for place in self.places.values():
+            keys_by_prompt.setdefault(place.prompt_id, []).append(place.key)
+        return share_of(epoch_order(keys_by_prompt, self.seed, epoch), self.rank, self.ranks)
+
+    def _digest(self) -> str:
+        lines = (f"{key} {self.places[key].mp4_sha256} {self.places[key].json_sha256}\n" for key in self.keys)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
