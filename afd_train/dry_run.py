@@ -13,6 +13,7 @@ from afd_data.config import VideoConfig
 from afd_data.journal import Journal
 from afd_data.plan import plan_samples
 from afd_data.prompts import Prompt, load_prompts
+from afd_data.sample import SPLITS
 from afd_data.teachers import Teacher, open_teacher
 from afd_train.config import Recipe, TrainConfig
 from afd_train.recipe import LoadedRecipe
@@ -34,8 +35,17 @@ def recipe_text(loaded: LoadedRecipe) -> str:
 
 
 def plan_text(recipe: Recipe) -> str:
-    """The plan of all stages.  Raises UserError where the prompts or the teacher's folder cannot be used."""
-    return "\n".join(["", "Plan", *_cache_lines(recipe), *_train_lines(recipe), *_eval_lines(recipe)])
+    """The plan of all stages as YAML comments, so that recipe and plan together are still a recipe.
+
+    Raises UserError where the prompts or the teacher's folder cannot be used.
+    """
+    teacher = open_teacher(recipe.teacher)
+    sources = (recipe.prompts.source, recipe.prompts.test_source or "")
+    # Reading a Hub dataset means `datasets` and a download; a dry run does neither.
+    on_hub = any(source.startswith("hf://") for source in sources)
+    prompts = None if on_hub else load_prompts(recipe.prompts, Path(), teacher)
+    lines = ["Plan", *_cache_lines(recipe, teacher, prompts), *_train_lines(recipe), *_eval_lines(recipe, prompts)]
+    return "\n".join(f"# {line}" for line in lines)
 
 
 def video_bytes(video: VideoConfig) -> int:
@@ -73,23 +83,22 @@ def _scalar(value: object) -> str:
     return json.dumps(value)
 
 
-def _cache_lines(recipe: Recipe) -> list[str]:
+def _cache_lines(recipe: Recipe, teacher: Teacher, prompts: list[Prompt] | None) -> list[str]:
     folder = cache_folder(recipe)
-    teacher = open_teacher(recipe.teacher)
-    if recipe.prompts.source.startswith("hf://") or (recipe.prompts.test_source or "").startswith("hf://"):
-        return [f"  cache-teacher  prompts of {recipe.prompts.source} are counted when they are read -> {folder}"]
-    prompts = load_prompts(recipe.prompts, Path(), teacher)
+    if prompts is None:
+        return [
+            f"cache-teacher  {recipe.teacher.name}; the prompts on the Hub are counted when they are read -> {folder}"
+        ]
     splits = Counter(prompt.split for prompt in prompts)
     wanted = plan_samples(recipe, prompts, teacher.identity)
     there = _present(folder, {sample.fingerprint for sample in wanted})
     size = len(wanted) * video_bytes(recipe.video)
     cost = "billed by the provider" if teacher.identity.paid else "0 (a free teacher)"
     return [
-        f"  cache-teacher  {recipe.teacher.name}; prompts: "
-        + ", ".join(f"{splits[split]} {split}" for split in ("train", "validation", "test")),
-        f"                 {len(wanted)} videos, {there} of them there, {len(wanted) - there} requests to make"
+        f"cache-teacher  {recipe.teacher.name}; prompts: " + ", ".join(f"{splits[split]} {split}" for split in SPLITS),
+        f"               {len(wanted)} videos, {there} of them there, {len(wanted) - there} requests to make"
         + _refusals(teacher, prompts),
-        f"                 about {_megabytes(size)} in {folder}; cost: {cost}",
+        f"               about {_megabytes(size)} in {folder}; cost: {cost}",
     ]
 
 
@@ -112,9 +121,9 @@ def _present(folder: Path, fingerprints: set[str]) -> int:
 
 
 def _train_lines(recipe: Recipe) -> list[str]:
-    runs = [*((f"pretrain.{index}", run) for index, run in enumerate(recipe.pretrain)), ("train", recipe.train)]
-    lines = [f"  {'train':<14} {name}: {_run_text(run)}" for name, run in runs]
-    return [*lines, f"                 reads {stream_folder(recipe)}, writes {train_folder(recipe)}"]
+    runs = [*((f"pretrain.{index}: ", run) for index, run in enumerate(recipe.pretrain)), ("", recipe.train)]
+    lines = [f"{'train':<14} {name}{_run_text(run)}" for name, run in runs]
+    return [*lines, f"               reads {stream_folder(recipe)}, writes {train_folder(recipe)}"]
 
 
 def _run_text(run: TrainConfig) -> str:
@@ -127,17 +136,18 @@ def _run_text(run: TrainConfig) -> str:
     return f"{text} = {clips} clips{limit}"
 
 
-def _eval_lines(recipe: Recipe) -> list[str]:
-    config = recipe.eval
-    held_out = recipe.prompts.test if config.split == "test" else recipe.prompts.validation
-    count = min(config.prompts or held_out, held_out) if held_out else config.prompts
-    prompts = f"{count} prompts" if count else "all prompts"
-    total = f" = {count * config.clips_per_prompt * len(config.policies)} clips" if count else ""
-    return [
-        f"  eval           {config.split}: {prompts} x {config.clips_per_prompt} clips x {len(config.policies)} "
-        f"policies ({', '.join(config.policies)}){total}",
-        f"                 writes {eval_folder(recipe)}",
-    ]
+def _eval_lines(recipe: Recipe, prompts: list[Prompt] | None) -> list[str]:
+    config, policies = recipe.eval, recipe.eval.policies
+    writes = f"               writes {eval_folder(recipe)}"
+    if prompts is None:
+        return [f"eval           {config.clips_per_prompt} clips a prompt x {len(policies)} policies", writes]
+    held_out = sum(prompt.split == config.split for prompt in prompts)
+    count = min(config.prompts or held_out, held_out)
+    if count == 0:
+        return [f"eval           not possible: no {config.split} prompts; set prompts.{config.split}"]
+    total = count * config.clips_per_prompt * len(policies)
+    each = f"{count} {config.split} prompts x {config.clips_per_prompt} clips x {len(policies)} policies"
+    return [f"eval           {each} ({', '.join(policies)}) = {total} clips", writes]
 
 
 def _megabytes(size: int) -> str:

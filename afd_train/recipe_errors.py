@@ -99,7 +99,8 @@ def _sentence(item: Any, path: Path, section: type[BaseModel] | None, field: Fie
     if kind == "extra_forbidden":
         return _unknown_key(str(path[-1]), section, model)
     if kind == "missing":
-        return f"missing. Write {path[-1]}: {field.description if field and field.description else 'its section'}"
+        meaning = f" ({field.description})" if field and field.description else ""
+        return f"missing{meaning}. Add it, or give --set {dotted(path)}=VALUE"
     if kind == "union_tag_not_found":
         return f"name: missing. Allowed: {', '.join(_tags(field))}"
     if kind == "union_tag_invalid":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import sys
 import traceback
 from typing import IO, Any
@@ -40,20 +39,20 @@ class MistakesGroup(click.Group):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            _log_origin()
+            _say_origin(ctx)
             raise Mistake(str(error)) from error
         except OSError as error:
             # With a file name it is about a path that the user gave or chose; a broken pipe is click's business.
             if error.filename is None and error.errno not in _FULL_DISK:
                 raise
-            _log_origin()
+            _say_origin(ctx)
             where = f"{error.filename}: " if error.filename is not None else ""
             raise Mistake(f"{where}{error.strerror or error}") from error
         except KeyboardInterrupt:
             raise Interrupted("Interrupted. What is finished is kept: run the same command again to go on.") from None
 
 
-def _log_origin() -> None:
+def _say_origin(ctx: click.Context) -> None:
     """With -v, also say which line raised."""
-    if logging.getLogger("afd").isEnabledFor(logging.DEBUG):
+    if ctx.params.get("verbose"):
         click.echo(traceback.format_exc(), err=True)
