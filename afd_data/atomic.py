@@ -9,10 +9,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from afd_data.errors import UserError
 
@@ -39,8 +40,8 @@ def fsync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open `path` for writing so that it appears complete and durable when the block ends, or not at all.
+def atomic_write(path: Path, mode: Literal["wb", "w"] = "wb") -> Iterator[IO[Any]]:
+    """Open `path` for writing bytes or UTF-8 text: it appears complete and durable when the block ends, or not.
 
     The folder must exist.  When the block raises, the old file (if any) stays as it was.
     """
@@ -65,16 +66,35 @@ def one_writer(path: Path, what: str) -> Iterator[None]:
     Raises UserError when another process holds it; `what` is the subject of the message.
     """
     with open(path, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _lock(file, patience_s=1.0):
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise UserError(
                 f"{what}: another afd process (pid {holder}) is writing here. "
                 "Wait until it has ended, or write to another folder with --set out=FOLDER."
-            ) from None
+            )
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def is_held(path: Path) -> bool:
+    """Whether some process is inside `one_writer` of this lock file now."""
+    if not path.exists():
+        return False
+    with open(path, encoding="utf-8") as file:
+        return not _lock(file, patience_s=0.0)
+
+
+def _lock(file: IO[str], patience_s: float) -> bool:
+    """Whether the lock could be had; with patience, as `is_held` of another process holds it for an instant."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.05)

@@ -32,6 +32,7 @@ from afd_data.spool import Spool
 from afd_data.teachers import Teacher
 
 JOURNAL = "journal.sqlite"
+LOCK = ".lock"
 COMMIT_EVERY_S = 0.25  # records of a free teacher wait this long at most; what a crash loses is asked again
 
 
@@ -71,7 +72,7 @@ def cache_teacher(
     stop on Ctrl-C.  Whatever ends it, the same call goes on from there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with one_writer(folder / ".lock", f"cache {folder}"), _room_errors(folder):
+    with one_writer(folder / LOCK, f"cache {folder}"), _room_errors(folder):
         patience_s = 0.0 if teacher.identity.paid else COMMIT_EVERY_S
         journal = Journal(folder / JOURNAL, patience_s=patience_s)
         try:
@@ -84,7 +85,7 @@ def cache_teacher(
             _ask_all(Asker(recipe, teacher, journal, spool), journal, sealer, recipe.cache.workers, progress)
             sealer.finish()
             update_index(folder)
-            write_card(folder, teacher.identity)
+            write_card(folder, sealer.manifest, teacher.identity, recipe.video.model_dump())
             return summarise(folder, journal, sealer)
         finally:
             journal.close()

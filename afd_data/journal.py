@@ -71,6 +71,8 @@ class Row(Planned):
 
 COLUMNS = ", ".join(field.name for field in fields(Row))
 PLAN_COLUMNS = ", ".join(field.name for field in fields(Planned))
+MARKS = ", ".join("?" * len(fields(Planned)))
+MARKS = ", ".join("?" * len(fields(Planned)))
 
 
 def check_transition(old: str, new: str) -> None:
@@ -155,8 +157,7 @@ class Journal:
     def flush(self) -> None:
         """Make everything recorded so far durable."""
         with self._lock:
-            if self._db.in_transaction:
-                self._db.execute("COMMIT")
+            self._db.commit()
 
     def close(self) -> None:
         """Flush and close; safe to call twice."""
@@ -173,8 +174,8 @@ class Journal:
         with self._lock, self._db:
             self._begin()
             self._db.execute("CREATE TEMP TABLE wanted AS SELECT * FROM samples LIMIT 0")
-            marks = ", ".join("?" * len(fields(Planned)))
-            self._db.executemany(f"INSERT INTO wanted ({PLAN_COLUMNS}) VALUES ({marks})", map(astuple, planned))
+            rows = [astuple(sample) for sample in planned]
+            self._db.executemany(f"INSERT INTO wanted ({PLAN_COLUMNS}) VALUES ({MARKS})", rows)
             self._db.execute("CREATE UNIQUE INDEX temp.wanted_keys ON wanted (generation, key)")
             self._check_only_additions(generation)
             added = self._db.execute(

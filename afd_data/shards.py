@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from afd_data.atomic import atomic_write, fsync_folder
 from afd_data.errors import UserError
@@ -132,7 +132,7 @@ def write_shard(folder: Path, file: str, contents: Iterable[Content]) -> Shard:
     path.parent.mkdir(parents=True, exist_ok=True)
     fsync_folder(path.parent.parent)
     count = 0
-    with atomic_write(path) as out, TarWriter(out, user="afd", group="afd", encoder=False) as writer:
+    with atomic_write(path) as out, TarWriter(cast(BinaryIO, out), user="afd", group="afd", encoder=False) as writer:
         for content in contents:
             writer.mtime = int(content.created_at)
             writer.write({"__key__": content.key, "mp4": content.mp4, "json": content.json})
