@@ -51,32 +51,62 @@ class Probe:
 
 
 def write_mp4(path: Path, frames: np.ndarray, video: VideoConfig) -> None:
-    """Write uint8 [F, H, W, 3] as H.264 in an mp4 whose index stands first.
+    """Write uint8 [F, H, W, 3] as H.264 in an mp4 whose index stands first (`Mp4Writer` says how)."""
+    check_frames(frames)
+    with Mp4Writer(path, video) as writer:
+        writer.add(frames)
+
+
+class Mp4Writer:
+    """An H.264 mp4 that grows frame by frame; complete when its `with` block ends.
 
     Lossless is RGB inside H.264 and comes back bit for bit, in browsers too: without its matrix tag Chromium takes the
     planes for YUV.  (yuv444p crf 0 would be up to 2 levels off.)  Otherwise yuv420p at `video.crf`, tagged BT.709.
+    The size is that of the frames, not of `video`, which gives rate and quality.
     """
-    check_frames(frames)
-    rate = Fraction(video.fps).limit_denominator(1001)
-    codec, pixels = ("libx264rgb", "rgb24") if video.lossless else ("libx264", "yuv420p")
-    # bitexact leaves the muxer's version out of the file; x264's own threads would change its decisions.
-    flags = {"movflags": "+faststart", "fflags": "+bitexact"}
-    with av.open(str(path), "w", format="mp4", options=flags) as container:
-        stream = container.add_stream(codec, rate=rate, options={"crf": str(0 if video.lossless else video.crf)})
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = pixels
-        context = stream.codec_context
-        context.thread_count = 1
-        context.colorspace = RGB_MATRIX if video.lossless else BT709
-        context.color_range = ColorRange.JPEG if video.lossless else ColorRange.MPEG
-        context.color_primaries = context.color_trc = BT709
-        for index, rgb in enumerate(frames):
+
+    def __init__(self, path: Path, video: VideoConfig):
+        self._video = video
+        self._rate = Fraction(video.fps).limit_denominator(1001)
+        # bitexact leaves the muxer's version out of the file.
+        flags = {"movflags": "+faststart", "fflags": "+bitexact"}
+        self._container = av.open(str(path), "w", format="mp4", options=flags)
+        self._stream: VideoStream | None = None
+        self._frames = 0
+
+    def add(self, frames: np.ndarray) -> None:
+        """Append uint8 [F, H, W, 3], all of one size."""
+        stream = self._stream = self._stream or self._add_stream(*frames.shape[1:3])
+        for rgb in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
-            if not video.lossless:
-                frame = frame.reformat(format=pixels, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
-            frame.pts, frame.time_base = index, 1 / rate
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+            if not self._video.lossless:
+                frame = frame.reformat(
+                    format=stream.pix_fmt, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+                )
+            frame.pts, frame.time_base = self._frames, 1 / self._rate
+            self._container.mux(stream.encode(frame))
+            self._frames += 1
+
+    def _add_stream(self, height: int, width: int) -> VideoStream:
+        lossless = self._video.lossless
+        codec, pixels = ("libx264rgb", "rgb24") if lossless else ("libx264", "yuv420p")
+        options = {"crf": str(0 if lossless else self._video.crf)}
+        stream = self._container.add_stream(codec, rate=self._rate, options=options)
+        stream.height, stream.width, stream.pix_fmt = height, width, pixels
+        context = stream.codec_context
+        context.thread_count = 1  # x264's own threads would change its decisions
+        context.colorspace = RGB_MATRIX if lossless else BT709
+        context.color_range = ColorRange.JPEG if lossless else ColorRange.MPEG
+        context.color_primaries = context.color_trc = BT709
+        return stream
+
+    def __enter__(self) -> Mp4Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._stream is not None:
+            self._container.mux(self._stream.encode())
+        self._container.close()
 
 
 def check_frames(frames: np.ndarray) -> None:
@@ -112,10 +142,12 @@ def probe(source: Source, name: str | None = None) -> Probe:
 
 
 def main_track(container: InputContainer, name: str) -> VideoStream:
-    """The video track that a player would show.  Raises UserError where there is none."""
+    """The video track that a player would show.  Raises UserError where there is none to decode."""
     stream = container.streams.best("video")
     if not isinstance(stream, VideoStream):
         raise UserError(f"{name}: no video track in it")
+    if stream.codec_context is None:
+        raise UserError(f"{name}: truncated or damaged, or of a codec that PyAV cannot decode. Copy or convert it.")
     return stream
 
 
