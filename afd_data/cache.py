@@ -24,11 +24,12 @@ from afd_data.card import write_card
 from afd_data.config import DataConfig
 from afd_data.errors import UserError
 from afd_data.index import update_index
-from afd_data.journal import IN_FLIGHT, Journal, Row
+from afd_data.journal import Journal, Row
 from afd_data.plan import plan_samples, recipe_facts
 from afd_data.prompts import Prompt
 from afd_data.sealing import Sealer
 from afd_data.spool import Spool
+from afd_data.states import IN_FLIGHT
 from afd_data.teachers import Teacher
 
 JOURNAL = "journal.sqlite"
@@ -125,6 +126,8 @@ def _recover_requests(journal: Journal, spool: Spool, paid: bool) -> None:
     for row in journal.rows(states=(*IN_FLIGHT, "failed", "spooled")):
         if row.state == "spooled":
             if spool.find(row) is None:
+                if paid:
+                    raise UserError(f"{spool.path(row, 'mp4')}: was paid for, spooled, and is gone. Put it back.")
                 journal.move(row.id, "planned")
         elif not paid or (row.state == "failed" and not journal.job_id(row.fingerprint)):
             journal.move(row.id, "planned")

@@ -15,9 +15,10 @@ from afd_data.atomic import is_held
 from afd_data.cache import JOURNAL, LOCK
 from afd_data.errors import UserError
 from afd_data.index import FROM_SAMPLE, FROM_TAR, read_index, shard_rows
-from afd_data.journal import TRANSITIONS, Journal
+from afd_data.journal import Journal
 from afd_data.sample import parse_sample
 from afd_data.shards import MANIFEST, Manifest, Shard, describe_shard, read_manifest
+from afd_data.states import TRANSITIONS
 from afd_data.video import read_video
 
 SHEET_CLIPS, SHEET_FRAMES = 12, 8

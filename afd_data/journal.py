@@ -1,7 +1,7 @@
 """The truth about requests: an SQLite file that knows what was asked, what came of it, and what may be asked next.
 
 One row a sample (`samples`; its `id` is the order of the plan) and one row an attempt (`requests`).  States change in
-`Journal.move` alone, by the one table `TRANSITIONS`.  An intent is recorded before a request and the job id right
+`Journal.move` alone, by the one table of `states`.  An intent is recorded before a request and the job id right
 after it; with `patience_s=0` (paid teachers) every record is on disk before `move` returns, otherwise records are
 committed together a few times a second, as asking a free teacher again costs nothing.
 Knows nothing of videos, tars or teachers.
@@ -19,24 +19,9 @@ from pathlib import Path
 
 from afd_data.errors import UserError
 from afd_data.plan import Planned
+from afd_data.states import OPEN, TRANSITIONS, check_transition
 
 SCHEMA_VERSION = 1
-
-TRANSITIONS: dict[str, frozenset[str]] = {
-    "planned": frozenset({"intent"}),
-    "intent": frozenset({"submitted", "refused", "failed", "unknown", "planned"}),
-    "submitted": frozenset({"running", "ready", "refused", "failed", "planned"}),
-    "running": frozenset({"ready", "refused", "failed", "planned"}),
-    "ready": frozenset({"spooled", "rejected", "refused", "failed", "planned"}),
-    "spooled": frozenset({"sealed", "rejected", "planned"}),
-    "failed": frozenset({"planned"}),
-    "sealed": frozenset(),
-    "refused": frozenset(),
-    "rejected": frozenset(),
-    "unknown": frozenset(),  # only a person may decide what became of it
-}
-IN_FLIGHT = ("intent", "submitted", "running", "ready")
-OPEN = ("planned", *IN_FLIGHT)  # what comes of the sample is not yet known
 
 SCHEMA = f"""
 CREATE TABLE facts (name TEXT PRIMARY KEY, value_json TEXT NOT NULL);
@@ -75,15 +60,10 @@ MARKS = ", ".join("?" * len(fields(Planned)))
 MARKS = ", ".join("?" * len(fields(Planned)))
 
 
-def check_transition(old: str, new: str) -> None:
-    """Assert that a sample in state `old` may enter `new`: an illegal step is a bug of ours."""
-    assert new in TRANSITIONS[old], f"illegal transition {old} -> {new}"
-
-
 class Journal:
-    """The journal of one cache.  Thread-safe; one process writes, any number may read.
+    """The journal of one cache, created when `writable`.  Thread-safe; one process writes, any number may read.
 
-    path: `journal.sqlite`, created when `writable`.  patience_s: how long a record may wait for its commit.
+    patience_s: how long a record may wait for its commit.
     Raises UserError when the file is not a journal, or one of another version.
     """
 
@@ -92,6 +72,8 @@ class Journal:
         self._patience_s = patience_s
         self._oldest = 0.0  # when the open transaction began, time.monotonic()
         mode = "rwc" if writable else "ro"
+        if not writable and not path.with_name(f"{path.name}-wal").exists():
+            mode += "&immutable=1"  # nobody writes; an ordinary reader would leave a -wal and a -shm file behind
         address = f"{path.absolute().as_uri()}?mode={mode}"
         try:
             self._db = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False, timeout=30)
@@ -157,7 +139,8 @@ class Journal:
     def flush(self) -> None:
         """Make everything recorded so far durable."""
         with self._lock:
-            self._db.commit()
+            if self._db.in_transaction:
+                self._db.execute("COMMIT")
 
     def close(self) -> None:
         """Flush and close; safe to call twice."""
@@ -174,8 +157,7 @@ class Journal:
         with self._lock, self._db:
             self._begin()
             self._db.execute("CREATE TEMP TABLE wanted AS SELECT * FROM samples LIMIT 0")
-            rows = [astuple(sample) for sample in planned]
-            self._db.executemany(f"INSERT INTO wanted ({PLAN_COLUMNS}) VALUES ({MARKS})", rows)
+            self._db.executemany(f"INSERT INTO wanted ({PLAN_COLUMNS}) VALUES ({MARKS})", [astuple(s) for s in planned])
             self._db.execute("CREATE UNIQUE INDEX temp.wanted_keys ON wanted (generation, key)")
             self._check_only_additions(generation)
             added = self._db.execute(

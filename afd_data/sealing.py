@@ -15,7 +15,7 @@ from afd_data.acceptance import Hashes, is_twin
 from afd_data.atomic import PART
 from afd_data.config import CacheConfig
 from afd_data.errors import UserError
-from afd_data.journal import OPEN, Journal, Row
+from afd_data.journal import Journal, Row
 from afd_data.shards import (
     SHARD_FILE,
     Manifest,
@@ -26,6 +26,7 @@ from afd_data.shards import (
     write_shard,
 )
 from afd_data.spool import Spool
+from afd_data.states import OPEN
 
 
 class Sealer:

@@ -1,0 +1,62 @@
+"""Files that are complete or absent, and folders with one writer."""
+
+import subprocess
+import sys
+
+import pytest
+
+from afd_data.atomic import atomic_write, is_held, one_writer
+from afd_data.errors import UserError
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from afd_data.atomic import one_writer
+with one_writer(Path(sys.argv[1]), "cache x"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / ".lock")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_block_that_raises_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as file:
+        file.write(b"new")
+        _ = 1 / 0
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == b"old"
+
+
+def test_a_block_that_ends_replaces_the_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with atomic_write(path, "w") as file:
+        file.write("nëw")
+    assert path.read_text("utf-8") == "nëw"
+
+
+def test_a_second_writer_is_refused_and_told_who_holds_the_folder(tmp_path, holder):
+    assert is_held(tmp_path / ".lock")
+    with pytest.raises(UserError, match=f"cache x: another afd process .pid {holder.pid}. is writing here"):
+        with one_writer(tmp_path / ".lock", "cache x"):
+            pass
+
+
+def test_a_killed_writer_holds_nothing(tmp_path, holder):
+    holder.kill()
+    holder.wait()
+    assert not is_held(tmp_path / ".lock")
+    with one_writer(tmp_path / ".lock", "cache x"):
+        assert is_held(tmp_path / ".lock")
+    assert not is_held(tmp_path / ".lock")
