@@ -8,6 +8,7 @@ Reading gives equal frames from either decoder.  decord is used where it is inst
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -123,7 +124,7 @@ def probe(source: Source, name: str | None = None) -> Probe:
     try:
         with av.open(_opened(source), "r") as container:
             stream = main_track(container, name)
-            packets = sum(1 for packet in container.demux(stream) if packet.size)
+            packets = sum(1 for _ in whole_packets(container, stream))
             context = stream.codec_context
             return Probe(
                 width=context.width,
@@ -149,6 +150,11 @@ def main_track(container: InputContainer, name: str) -> VideoStream:
     if stream.codec_context is None:
         raise UserError(f"{name}: truncated or damaged, or of a codec that PyAV cannot decode. Copy or convert it.")
     return stream
+
+
+def whole_packets(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
+    """One a coded frame; the last one of a truncated file, which is cut through, does not count."""
+    return (packet for packet in container.demux(stream) if packet.size and not packet.is_corrupt)
 
 
 def upright_rgb(frame: av.VideoFrame) -> np.ndarray:

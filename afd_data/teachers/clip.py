@@ -18,7 +18,7 @@ from av.container import InputContainer
 
 from afd_data.config import FolderConfig, VideoConfig
 from afd_data.errors import UserError
-from afd_data.video import main_track, upright_rgb
+from afd_data.video import main_track, upright_rgb, whole_packets
 
 EPSILON_S = 1e-6
 
@@ -112,7 +112,7 @@ def _timeline(container: InputContainer, name: str) -> Timeline:
     if rate <= 0:
         raise UserError(f"{name}: the video states no frame rate")
     aspect = float(stream.sample_aspect_ratio or 1)
-    packets = [packet for packet in container.demux(stream) if packet.size]
+    packets = list(whole_packets(container, stream))
     if not packets:
         raise UserError(f"{name}: the video has no frames")
     if stream.frames > len(packets):
