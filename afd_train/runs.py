@@ -22,9 +22,9 @@ def train_folder(recipe: DataConfig) -> Path:
     return Path(recipe.out) / "train"
 
 
-def student_folder(recipe: DataConfig) -> Path:
-    """The student that a finished training leaves behind."""
-    return train_folder(recipe) / "student"
+def student_folder(recipe: DataConfig, policy: str = "ema") -> Path:
+    """A student that training leaves behind: `base` (before), `student` (after), `ema` (its running average)."""
+    return train_folder(recipe) / "students" / policy
 
 
 def eval_folder(recipe: DataConfig) -> Path:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from afd_data.errors import UserError
+
 FOLDER = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 
 
@@ -29,7 +31,15 @@ def status(folder: Path) -> None:
 
 @cache.command(short_help="Provenance, durations, a picture.")
 @FOLDER
-def inspect(folder: Path) -> None:
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default="contact-sheet.png",
+    show_default=True,
+    help="Where the picture of some clips' frames goes.",
+)
+def inspect(folder: Path, output: Path) -> None:
     """What the videos are: provenance, sizes, durations, and a contact sheet to look at.
 
     \b
@@ -37,17 +47,19 @@ def inspect(folder: Path) -> None:
     """
     from afd_data import inspection
 
-    click.echo(inspection.inspect(folder))
+    click.echo(inspection.inspect(folder, output))
 
 
 @cache.command(short_help="Check every hash again.")
 @FOLDER
 def verify(folder: Path) -> None:
-    """Check every hash of every shard and member; exit code 2 names what is damaged.
+    """Check every hash of every shard and member; exit code 2 and a list if anything is damaged.
 
     \b
       afd cache verify runs/quickstart/cache
     """
     from afd_data import inspection
 
-    click.echo(inspection.verify(folder))
+    if problems := inspection.verify(folder):
+        raise UserError("\n  ".join([f"{len(problems)} problems in {folder}:", *problems]))
+    click.echo(f"{folder}: every hash is right")

@@ -17,14 +17,17 @@ NAMES = ("cache-teacher", "train", "eval")
 def cache_teacher(recipe) -> None:
     """Ask for what is missing, seal, and print the summary."""
     from afd_data.cache import cache_teacher
-
+    from afd_data.inspection import status
     from afd_data.prompts import load_prompts
     from afd_data.teachers import open_teacher
     from afd_train.runs import cache_folder
 
     teacher = open_teacher(recipe.teacher)
     prompts = load_prompts(recipe.prompts, Path(), teacher)
-    click.echo(cache_teacher(recipe, prompts, cache_folder(recipe), teacher).text())
+    summary = cache_teacher(recipe, prompts, cache_folder(recipe), teacher)
+    if summary.sealed == 0:
+        raise UserError(f"no video was taken.\n{status(summary.folder)}")
+    click.echo(summary.text())
 
 
 def train(recipe) -> None:
