@@ -73,12 +73,23 @@ def read_places(folder: Path, split: str) -> dict[str, Place]:
     for shard in sorted(manifest.of(split), key=lambda shard: shard.generation):
         mine = by_shard.get(shard.file, [])
         if len(mine) != shard.samples:  # no index, or one that is behind
-            mine = shard_rows(folder, shard)
+            mine = _rows_of_tar(folder, shard)
         for row in mine:
             places[row["key"]] = _place(row, shard)
     if not places:
         raise UserError(f"{folder}: no {split} samples. Run `afd cache-teacher` first, or name another stream.folder.")
     return places
+
+
+def _rows_of_tar(folder: Path, shard: Shard) -> list[dict]:
+    try:
+        return shard_rows(folder, shard)
+    except OSError as error:
+        raise _unreadable(folder / shard.file, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read ({error.strerror}). Restore it, or cache into a new folder.")
 
 
 def _place(row: dict, shard: Shard) -> Place:
@@ -103,7 +114,7 @@ def read_example(reading: Reading, place: Place) -> Example:
         with open(path, "rb") as file:
             mp4, json = (_member(file, path, place, kind) for kind in ("mp4", "json"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). Restore it, or cache into a new folder.") from None
+        raise _unreadable(path, error) from None
     sample = parse_sample(json, f"{path}: {place.key}.json")
     check_sample(sample, place.key, place.shard, path)
     where = f"{path}: {place.key}.mp4"
