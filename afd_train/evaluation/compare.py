@@ -78,7 +78,7 @@ class Summary:
 
 
 def summarise(rows: Iterable[Row], metrics: Mapping[str, Metric], resamples: int, seed: int) -> Summary:
-    """Cells of every policy and comparisons of `PAIRS`, for each metric in the table's order.  Holm is not yet applied."""
+    """Cells of every policy and comparisons of `PAIRS`, in the table's order; Holm is not yet applied."""
     values: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         values[row.metric][row.policy].append(row)

@@ -25,8 +25,8 @@ METRICS = {
     NAME: Metric(
         "lower",
         "x 1000",
-        "Squared maximum mean discrepancy (unbiased, times 1000) between the policy's and the teacher's videos as sets: "
-        f"{FRAMES} frames of {SIDE} x {SIDE} pixels and their differences, Gaussian kernel as wide as the median "
+        "Squared maximum mean discrepancy (unbiased, times 1000) between the policy's and the teacher's videos as "
+        f"sets: {FRAMES} frames of {SIDE} x {SIDE} pixels and their differences, Gaussian kernel as wide as the median "
         "distance between teacher clips. 0 is the teacher's distribution and chance may take it below. The teacher's "
         "own value compares one half of its takes with the other: the floor.",
     )
@@ -53,7 +53,6 @@ def compare_sets(
     if len(prompts) < 2:
         return [], [], {NAME: "needs two prompts that every policy has"}
     width = _median_distance(np.concatenate([clips[TEACHER][prompt] for prompt in prompts]))
-    # Positive on the diagonal of nothing: a prompt never meets itself (see `squared_mmd`).
     terms = {
         policy: pair_terms(of_policy, clips[TEACHER], prompts, width)
         for policy, of_policy in clips.items()
@@ -95,9 +94,12 @@ def swap_contributions(a: Clips, b: Clips, teacher: Clips, prompts: Sequence[str
 
     That makes the sign-flip test of c the exact permutation test of "a and b are exchangeable on each prompt".
     """
-    own = _kernel(a, a, prompts, width) - _kernel(b, b, prompts, width)
-    to_teacher = _kernel(a, teacher, prompts, width) - _kernel(b, teacher, prompts, width)
-    return SCALE * (own - 2 * to_teacher).sum(axis=1) / (len(prompts) - 1)
+    # In feature space c_p is (a_p - b_p) . (mean a + mean b - 2 mean teacher), the means without prompt p.
+    to_both, to_teacher = (
+        [_kernel(own, other, prompts, width) for own in (a, b) for other in others] for others in ((a, b), (teacher,))
+    )
+    gains = to_both[0] + to_both[1] - to_both[2] - to_both[3] - 2 * (to_teacher[0] - to_teacher[1])
+    return SCALE * gains.sum(axis=1) / (len(prompts) - 1)
 
 
 def _comparison(

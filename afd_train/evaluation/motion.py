@@ -121,7 +121,7 @@ def _dynamic_degree(flows: Flows, fps: float) -> tuple[float, float]:
     frames = range(0, len(flows.frames), step)
     magnitudes = []
     for first, second in itertools.pairwise(frames):
-        length = np.linalg.norm(flows.between(first, second), axis=-1).ravel()
+        length = np.sqrt(_squared(flows.between(first, second))).ravel()
         fastest = max(1, int(len(length) * FASTEST_SHARE))
         magnitudes.append(float(np.partition(length, -fastest)[-fastest:].mean()) * flows.unit)
     if not magnitudes:  # a clip shorter than 1/8 s
@@ -138,15 +138,21 @@ def _warp_error(flows: Flows) -> tuple[float, float]:
     for first in range(len(flows.frames) - 1):
         forward, backward = flows.between(first, first + 1), flows.between(first + 1, first)
         returned = flows.sample(forward, backward)
-        apart = np.square(backward + returned).sum(axis=-1)
-        size = np.square(backward).sum(axis=-1) + np.square(returned).sum(axis=-1)
+        apart = _squared(backward + returned)
+        size = _squared(backward) + _squared(returned)
         agrees = apart < 0.01 * size + 0.5
         inconsistent.append(1 - agrees.mean())
-        warped = flows.sample(flows.frames[first], backward).astype(np.float32)
-        error = (warped - flows.frames[first + 1])[agrees] / 255
-        errors.append(np.sqrt(np.square(error).mean()) if agrees.any() else np.nan)
-    known = [error for error in errors if np.isfinite(error)]
-    return float(np.mean(known)) if known else float("nan"), float(np.mean(inconsistent))
+        if agrees.any():
+            warped = flows.sample(flows.frames[first], backward)
+            difference = cv2.absdiff(warped, flows.frames[first + 1])[agrees].ravel().astype(np.float32)
+            errors.append(np.sqrt(difference @ difference / len(difference)) / 255)
+    return float(np.mean(errors)) if errors else float("nan"), float(np.mean(inconsistent))
+
+
+def _squared(flow: np.ndarray) -> np.ndarray:
+    """Squared length of each vector: [H, W, 2] -> [H, W].  (Summing an axis of two is many times slower.)"""
+    x, y = flow[..., 0], flow[..., 1]
+    return x * x + y * y
 
 
 def _smoothness(flows: Flows) -> float:
@@ -154,7 +160,8 @@ def _smoothness(flows: Flows) -> float:
     errors = []
     for middle in range(1, len(flows.frames) - 1, 2):
         before, after = middle - 1, middle + 1
-        from_before = flows.sample(flows.frames[before], 0.5 * flows.between(after, before)).astype(np.float32)
-        from_after = flows.sample(flows.frames[after], 0.5 * flows.between(before, after)).astype(np.float32)
-        errors.append(np.abs((from_before + from_after) / 2 - flows.frames[middle]).mean())
+        from_before = flows.sample(flows.frames[before], 0.5 * flows.between(after, before))
+        from_after = flows.sample(flows.frames[after], 0.5 * flows.between(before, after))
+        halfway = cv2.addWeighted(from_before, 0.5, from_after, 0.5, 0)
+        errors.append(cv2.absdiff(halfway, flows.frames[middle]).mean())
     return float((255 - np.mean(errors)) / 255) if errors else float("nan")

@@ -1,0 +1,167 @@
+"""The videos of an evaluation: the teacher's from the cache's tars, the students' generated once and kept as mp4.
+
+A generated video counts when it lies under its final name; another checkpoint, seed or format empties its folder first.
+All videos are decoded from files, so that teacher and students have gone through the same codec.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from afd_data.config import VideoConfig
+from afd_data.errors import UserError
+from afd_data.index import read_index
+from afd_data.sample import sample_key
+from afd_data.shards import read_manifest
+from afd_data.video import Decoder, read_video, write_mp4
+
+# Prompts generated before their videos are written: what is lost when the process dies.
+GROUP_PROMPTS = 16
+SOURCE = "source.json"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video to be measured.  `load` decodes it: uint8 [F, H, W, 3].  `step`: -1 for the teacher."""
+
+    policy: str
+    prompt_id: str
+    prompt: str
+    take: int
+    step: int
+    load: Callable[[], np.ndarray]
+
+
+def teacher_clips(folder: Path, split: str, prompts: int | None, decoder: Decoder) -> list[Clip]:
+    """All takes of the first `prompts` prompts (by id) of a cached split, the newest generation of each.
+
+    Raises UserError when the split holds nothing or the index names a tar that the manifest does not.
+    """
+    known = {shard.file for shard in read_manifest(folder).of(split)}
+    newest: dict[str, dict] = {}
+    for row in read_index(folder, split).to_pylist() if known else []:
+        if row["shard"] not in known:
+            raise UserError(
+                f"{folder}/index/{split}.parquet: names {row['shard']!r}, the manifest does not. Remove it."
+            )
+        if row["key"] not in newest or row["generation"] > newest[row["key"]]["generation"]:
+            newest[row["key"]] = row
+    chosen = sorted({row["prompt_id"] for row in newest.values()})[:prompts]
+    if not chosen:
+        raise UserError(
+            f"{folder}: no videos of the {split} split. Set prompts.{split} or prompts.test_source, "
+            "and run `afd cache-teacher` again."
+        )
+    rows = sorted(newest.values(), key=lambda row: row["key"])
+    return [
+        Clip("teacher", row["prompt_id"], row["prompt"], row["take"], -1, _in_tar(folder, row, decoder))
+        for row in rows
+        if row["prompt_id"] in set(chosen)
+    ]
+
+
+def prompts_of(clips: Sequence[Clip]) -> list[tuple[str, str]]:
+    """(id, text) of every prompt, by id."""
+    return sorted({clip.prompt_id: clip.prompt for clip in clips}.items())
+
+
+def folder_sha256(folder: Path) -> str:
+    """One hash of all files of a student folder: names and contents.  Raises UserError when there is no such folder."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no student here; run `afd train` first, or leave it out of eval.policies.")
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def generate(
+    student: Path, prompts: Sequence[tuple[str, str]], seed: int, takes: int, video: VideoConfig, target: Path
+) -> Iterator[int]:
+    """Write the videos of one student to `target`/KEY.mp4; yields how many prompts are done, as they are.
+
+    Videos of the same student, seed and format that lie there already are kept.
+    """
+    source = {"student": folder_sha256(student), "seed": seed, "video": video.model_dump()}
+    _keep_only(target, source)
+    missing = [
+        prompt for prompt in prompts if not all(_path(target, prompt[0], take).is_file() for take in range(takes))
+    ]
+    done = len(prompts) - len(missing)
+    yield done
+    if not missing:
+        return
+    from afd_train.students import open_student
+
+    opened = open_student(student)
+    made, wanted = ((v.width, v.height, v.frames, v.fps) for v in (opened.video, video))
+    if made != wanted:
+        raise UserError(f"{student}: makes videos of (width, height, frames, fps) {made}, the recipe's are {wanted}")
+    for start in range(0, len(missing), GROUP_PROMPTS):
+        group = missing[start : start + GROUP_PROMPTS]
+        videos = opened.videos(group, seed, takes)
+        for (prompt_id, _), of_prompt in zip(group, videos, strict=True):
+            for take, frames in enumerate(of_prompt):
+                _write(_path(target, prompt_id, take), frames, video)
+        done += len(group)
+        yield done
+
+
+def generated_clips(
+    policy: str, step: int, prompts: Sequence[tuple[str, str]], takes: int, target: Path, decoder: Decoder
+) -> list[Clip]:
+    """The videos that `generate` left in `target`."""
+    return [
+        Clip(policy, prompt_id, prompt, take, step, _in_file(_path(target, prompt_id, take), decoder))
+        for prompt_id, prompt in prompts
+        for take in range(takes)
+    ]
+
+
+def _path(target: Path, prompt_id: str, take: int) -> Path:
+    return target / f"{sample_key(prompt_id, take)}.mp4"
+
+
+def _keep_only(target: Path, source: dict) -> None:
+    """Empty `target` unless it holds videos of exactly this source."""
+    about = target / SOURCE
+    text = json.dumps(source, sort_keys=True)
+    if about.is_file() and about.read_text(encoding="utf-8") == text:
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    about.write_text(text, encoding="utf-8")
+
+
+def _write(path: Path, frames: np.ndarray, video: VideoConfig) -> None:
+    # Complete or absent, but not fsynced: unlike a teacher's video it can be made again.
+    part = path.with_suffix(".part")
+    write_mp4(part, frames, video)
+    os.replace(part, path)
+
+
+def _in_file(path: Path, decoder: Decoder) -> Callable[[], np.ndarray]:
+    return lambda: read_video(path, decoder).frames
+
+
+def _in_tar(folder: Path, row: dict, decoder: Decoder) -> Callable[[], np.ndarray]:
+    def load() -> np.ndarray:
+        path = folder / row["shard"]
+        with open(path, "rb") as file:
+            file.seek(row["mp4_offset"])
+            data = file.read(row["mp4_size"])
+        name = f"{path}: {row['key']}.mp4"
+        if hashlib.sha256(data).hexdigest() != row["mp4_sha256"]:
+            raise UserError(f"{name}: damaged (its hash is not the index's); `afd cache verify` tells more")
+        return read_video(data, decoder, name).frames
+
+    return load

@@ -1,0 +1,136 @@
+"""The `eval` stage: base, student and EMA against the teacher on held-out prompts -> OUT/eval.
+
+Reads OUT/train/students/POLICY and the cache; writes videos/POLICY/KEY.mp4, metrics.parquet, results.json, report.html.
+Run again: finished videos are kept, everything else is measured anew.  The order of work is the order of `evaluate`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from afd_data.atomic import atomic_write, one_writer
+from afd_data.errors import UserError
+from afd_train.config import EvalConfig, Recipe
+from afd_train.evaluation import clips as videos
+from afd_train.evaluation import distribution, measure, provenance, report
+from afd_train.evaluation.clips import Clip
+from afd_train.evaluation.compare import Row, Summary, summarise, with_holm, write_rows
+from afd_train.evaluation.metric import Metric
+from afd_train.evaluation.showcase import gallery_rows
+from afd_train.runs import eval_folder, stream_folder, train_folder
+
+RESULTS_VERSION = 1
+
+
+def evaluate(recipe: Recipe) -> Path:
+    """Generate, measure, compare, report; returns the path of report.html.
+
+    Raises UserError when the split has no teacher videos, a student is missing, or the primary metric does not apply.
+    """
+    out, config = eval_folder(recipe), recipe.eval
+    groups = measure.groups(recipe.teacher.name)
+    primary = _metric(groups, config.primary_metric)
+    teacher = videos.teacher_clips(stream_folder(recipe), config.split, config.prompts, recipe.stream.decoder)
+    students = {policy: train_folder(recipe) / "students" / policy for policy in config.policies}
+    checkpoints = {policy: videos.folder_sha256(folder) for policy, folder in students.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    with one_writer(out / ".lock", str(out)):
+        steps = _training_log(train_folder(recipe) / "metrics.jsonl")
+        trained = int(steps[-1]["step"]) + 1 if steps else 0
+        clips = teacher + _generated(recipe, students, teacher, trained)
+        rows, features = measure.measure_clips(clips, recipe.video.fps, recipe.teacher.name == "playground")
+        write_rows(out / "metrics.parquet", rows)
+        summary = compare(rows, features, groups, config, recipe.seed)
+        cells = f"{len(videos.prompts_of(teacher))} x {config.clips_per_prompt}"
+        header = provenance.header(recipe, checkpoints, trained, cells)
+        _write_results(out / "results.json", header, groups, summary, config.primary_metric)
+        page = report.Report(
+            title=f"Adversarial Flow Distillation: {recipe.out}",
+            header=header,
+            summary=summary,
+            groups=groups,
+            primary=config.primary_metric,
+            gallery=gallery_rows(clips, rows, primary, config, recipe.video.fps),
+            steps=steps,
+        )
+        report.write_report(out / "report.html", page)
+    return out / "report.html"
+
+
+def compare(
+    rows: Sequence[Row],
+    features: measure.Features,
+    groups: Mapping[str, Mapping[str, Metric]],
+    config: EvalConfig,
+    seed: int,
+) -> Summary:
+    """Cells and comparisons of all metrics, the distance between sets among them, Holm applied."""
+    per_video = {
+        name: metric for group in groups.values() for name, metric in group.items() if name != distribution.NAME
+    }
+    summary = summarise(rows, per_video, config.resamples, seed)
+    cells, comparisons, skipped = distribution.compare_sets(features, config.resamples, seed)
+    return Summary(
+        summary.cells + cells,
+        with_holm(summary.comparisons + comparisons, config.primary_metric),
+        summary.skipped | skipped,
+    )
+
+
+def _generated(recipe: Recipe, students: Mapping[str, Path], teacher: Sequence[Clip], trained: int) -> list[Clip]:
+    """Videos of every student on the teacher's prompts, made where they do not exist yet."""
+    config, prompts = recipe.eval, videos.prompts_of(teacher)
+    found: list[Clip] = []
+    for policy, folder in students.items():
+        target = eval_folder(recipe) / "videos" / policy
+        with tqdm(total=len(prompts), unit="prompt", desc=f"generate {policy}") as bar:
+            for done in videos.generate(folder, prompts, config.seed, config.clips_per_prompt, recipe.video, target):
+                bar.update(done - bar.n)
+        step = 0 if policy == "base" else trained
+        decoder = recipe.stream.decoder
+        found += videos.generated_clips(policy, step, prompts, config.clips_per_prompt, target, decoder)
+    return found
+
+
+def _metric(groups: Mapping[str, Mapping[str, Metric]], name: str) -> Metric:
+    known = {name: metric for group in groups.values() for name, metric in group.items() if name != distribution.NAME}
+    if name not in known:
+        raise UserError(
+            f"eval.primary_metric: {name!r} is not measured for this teacher. Allowed here: {', '.join(known)}."
+        )
+    return known[name]
+
+
+def _training_log(path: Path) -> list[dict[str, float]]:
+    from afd_train.runlog import read_metrics
+
+    return read_metrics(path)
+
+
+def _write_results(
+    path: Path,
+    header: Mapping[str, Any],
+    groups: Mapping[str, Mapping[str, Metric]],
+    summary: Summary,
+    primary: str,
+) -> None:
+    """results.json: everything that the report's tables say, for programs."""
+    metrics = {name: asdict(metric) for group in groups.values() for name, metric in group.items()}
+    record = {
+        "version": RESULTS_VERSION,
+        "header": header,
+        "unit": "prompt",
+        "primary_metric": primary,
+        "metrics": metrics,
+        "cells": [asdict(cell) for cell in summary.cells],
+        "comparisons": [asdict(comparison) for comparison in summary.comparisons],
+        "skipped": summary.skipped,
+    }
+    with atomic_write(path, "w") as file:
+        json.dump(record, file, indent=1, allow_nan=False)
