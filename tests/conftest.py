@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def afd() -> Callable[..., Result]:
     """`afd("train", "my.yaml")` -> click's Result: exit_code, stdout, stderr, exception."""
     # `cli/` is called `afd_cli` once it is installed; type checkers cannot follow that.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import Result
 
 from afd_data.config import VideoConfig
 from afd_data.video import write_mp4
@@ -68,7 +69,7 @@ def file(name: str, text: str | bytes) -> Callable[[Path], object]:
     return write
 
 
-def recipe(text: str) -> Callable[[Path], object]:
+def recipe(text: str | bytes) -> Callable[[Path], object]:
     return file("b.yaml", text)
 
 
@@ -282,7 +283,7 @@ CASES = [
     ),
     # Videos and captions
     Case("no such folder", nothing, "cache-teacher f --set teacher.path=clps", "teacher.path: no folder clps"),
-    Case("no videos", nothing, "cache-teacher f --set teacher.path=runs", "teacher.path: no videos in runs"),
+    Case("no videos", file("d/x.txt", "x"), "cache-teacher f --set teacher.path=d", "teacher.path: no videos in d"),
     Case("no captions", without("clips/captions.csv"), "cache-teacher f", "clips: no captions. Write captions.csv"),
     Case(
         "caption of no video",
@@ -352,7 +353,7 @@ CASES = [
     # Checkpoints and students
     Case(
         "damaged checkpoint",
-        flipped(f"{TRAIN}/checkpoints/*/student.safetensors", at=0.9),
+        flipped(f"{TRAIN}/checkpoints/step-000002/student.safetensors", at=0.9),
         "train a --set train.steps=3",
         "student.safetensors: missing, or its sha256 is not the one in state.json",
     ),
@@ -415,10 +416,8 @@ def other_width(folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sound(tmp_path_factory: pytest.TempPathFactory, afd: Callable[..., Result]) -> Path:
     """A folder in which everything is right: recipes, prompts, clips, a cache, a finished training."""
-    from click.testing import CliRunner
-
     folder = tmp_path_factory.mktemp("sound")
     for name, text in (
         ("a.yaml", RECIPE),
@@ -432,10 +431,9 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index, name in enumerate(("one", "two")):
         frames = np.stack([np.roll(gradient, 3 * frame, axis=index) * 4 for frame in range(8)])
         write_mp4(folder / "clips" / f"{name}.mp4", np.repeat(frames[..., None], 3, axis=-1), shape)
-    main = __import__("afd_cli").main
     with contextlib.chdir(folder):
         for command in (["cache-teacher", "a"], ["train", "a"]):
-            result = CliRunner().invoke(main, command)
+            result = afd(*command)
             assert result.exit_code == 0, result.output
     return folder
 
