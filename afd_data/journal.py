@@ -143,7 +143,7 @@ class Journal:
                 self._db.execute("COMMIT")
 
     def close(self) -> None:
-        """Flush and close; safe to call twice."""
+        """Flush and close."""
         with self._lock:
             self.flush()
             self._db.close()

