@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -39,17 +39,19 @@ def place(
         restitution = BOUNCINESS[body.bounciness or str(rng.choice([*BOUNCINESS]))]
         reach = _reach(body.shape, radius)
         position, velocity = _launch(body, radius, gravity, wall, room, rng)
-        for _ in range(1000):
+        for attempt in range(1000):
             if all(math.dist(position, other.position) > reach + _reach(other.shape, other.radius) for other in placed):
                 break
-            position, velocity = _launch(body, radius, gravity, wall, room, rng)
+            # A crowd that does not fit where its launches belong starts anywhere.
+            lawful = body if attempt < 200 else replace(body, launch=None)
+            position, _ = _launch(lawful, radius, gravity, wall, room, rng)
         placed.append(Placed(body.shape, colour, COLOURS[colour], size, radius, restitution, position, velocity))
     return placed
 
 
 def _reach(shape: str, radius: float) -> float:
     """Radius of the circle around a body, and a little room."""
-    return radius * (1.0 if shape == "ball" else math.sqrt(2)) + 0.25
+    return radius * (1.0 if shape == "ball" else math.sqrt(2)) + 0.5
 
 
 def _launch(
