@@ -20,11 +20,10 @@ from afd_train.recipe import LoadedRecipe
 from afd_train.recipe_yaml import Value, child_of
 from afd_train.runs import cache_folder, eval_folder, stream_folder, train_folder
 
-# Measured with afd's own encoder on the playground (lossless 16 x 16) and on filmed clips (crf 18).
-_CONTAINER_BYTES = 1_700
-_JSON_AND_TAR_BYTES = 5_000
-_LOSSLESS_BYTES_PER_PIXEL = 0.4
-_LOSSY_BYTES_PER_PIXEL = 0.05
+# Measured with afd's own encoder: a tiny clip with its JSON and tar headers, then filmed clips at crf 18 and crf 0.
+_SMALLEST_SAMPLE_BYTES = 5_000
+_LOSSY_BYTES_PER_PIXEL = 0.06
+_LOSSLESS_BYTES_PER_PIXEL = 0.5
 _PLAIN_TEXT = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
 _NOT_TEXT = re.compile(r"true|false|null|~", re.IGNORECASE)
 
@@ -49,10 +48,9 @@ def plan_text(recipe: Recipe) -> str:
 
 
 def video_bytes(video: VideoConfig) -> int:
-    """A guess, good to a factor of two or so, of what a sample takes in a shard."""
-    pixels = video.width * video.height * video.frames
+    """What a filmed clip takes in a shard, good to a factor of three; drawn worlds take less."""
     rate = _LOSSLESS_BYTES_PER_PIXEL if video.lossless else _LOSSY_BYTES_PER_PIXEL
-    return round(_CONTAINER_BYTES + _JSON_AND_TAR_BYTES + rate * pixels)
+    return round(_SMALLEST_SAMPLE_BYTES + rate * video.width * video.height * video.frames)
 
 
 def _section_lines(section: BaseModel, given: Value | None, indent: str) -> list[str]:
@@ -98,7 +96,7 @@ def _cache_lines(recipe: Recipe, teacher: Teacher, prompts: list[Prompt] | None)
         f"cache-teacher  {recipe.teacher.name}; prompts: " + ", ".join(f"{splits[split]} {split}" for split in SPLITS),
         f"               {len(wanted)} videos, {there} of them there, {len(wanted) - there} requests to make"
         + _refusals(teacher, prompts),
-        f"               about {_megabytes(size)} in {folder}; cost: {cost}",
+        f"               up to about {_megabytes(size)} in {folder}; cost: {cost}",
     ]
 
 
