@@ -15,6 +15,7 @@ import av.error
 import cv2
 import numpy as np
 from av.container import InputContainer
+from av.video.reformatter import VideoReformatter
 
 from afd_data.config import FolderConfig, VideoConfig
 from afd_data.errors import UserError
@@ -94,11 +95,11 @@ def _pictures(
 ) -> list[np.ndarray]:
     """The frames nearest to `times`, each fitted; a frame that is repeated is worked on once."""
     pictures: list[np.ndarray] = []
-    previous = None
+    previous, converter = None, VideoReformatter()
     for frame in _nearest(_shown(path, name, line.origin_s), times):
         if frame is not previous:
             aspect = 1 / line.pixel_aspect if frame.rotation % 180 else line.pixel_aspect
-            pictures.append(fitted(upright_rgb(frame), video, fit, aspect))
+            pictures.append(fitted(upright_rgb(frame, converter), video, fit, aspect))
         else:
             pictures.append(pictures[-1])
         previous = frame
