@@ -57,8 +57,8 @@ METRICS: dict[str, Metric] = {
     "energy_rise": Metric(
         "lower",
         "share of start energy, at most 1",
-        "Largest rise of kinetic plus potential energy over its earlier minimum, contacts left out; 1 where fewer than "
-        "two intervals are clean.",
+        "Largest rise of kinetic plus potential energy (0 at rest on the floor) over its earlier minimum, contacts "
+        "left out; 1 where fewer than two intervals are clean.",
     ),
     "jump": Metric(
         "lower",
@@ -103,7 +103,7 @@ def measure(video: np.ndarray, fps: float, prompt: str) -> dict[str, float]:
         "gravity_error": gravity_error,
         "parabola_residual": residual,
         "restitution_error": restitution_error,
-        "energy_rise": _energy_rise(scene, seen, motion, fps),
+        "energy_rise": _energy_rise(scene, seen, motion, half, fps),
         "jump": _jump(scene, seen, fps),
         "motion": _mean_speed(seen, fps),
         "penetration": _penetration(seen, half, boxes, room),
@@ -164,11 +164,11 @@ def _vertical_energy(height: np.ndarray, gravity: float, fps: float) -> float | 
     return float(np.mean(speed**2 / 2 + gravity * middle))
 
 
-def _energy_rise(scene: Scene, seen: Track, motion: Motion, fps: float) -> float:
+def _energy_rise(scene: Scene, seen: Track, motion: Motion, half: np.ndarray, fps: float) -> float:
     gravity = _gravity(scene, motion)
     weights = seen.radii**2 / (seen.radii**2).sum()
     speed = np.diff(seen.positions, axis=1) * fps
-    middle = (seen.positions[:, 1:, 1] + seen.positions[:, :-1, 1]) / 2
+    middle = (seen.positions[:, 1:, 1] + seen.positions[:, :-1, 1]) / 2 - half[:, None]
     energy = weights @ ((speed**2).sum(axis=2) / 2 + gravity * middle)
     energy = energy[motion.clean.all(axis=0) & np.isfinite(energy)]
     if len(energy) < 2:
