@@ -134,7 +134,7 @@ def _cell(
 ) -> Cell:
     found = stats.bootstrap_interval(np.array(list(units.values())), resamples, seed)
     lo, hi = found.lo, found.hi
-    if metric.unit == "videos" and found.mean in (0.0, 1.0):
+    if metric.unit == "share of videos" and found.mean in (0.0, 1.0):
         # The bootstrap of "all" or "none" has no width.
         lo, hi = stats.wilson(int(found.mean) * found.n, found.n)
     failed = sum(not np.isfinite(row.value) for row in group)

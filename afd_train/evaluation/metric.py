@@ -14,7 +14,7 @@ from typing import Literal
 class Metric:
     """One number a video.  `definition` is one or two plain sentences: the report prints it for the reader.
 
-    Units `share`, `videos` and `of full scale` are printed as per cent; `videos` marks a yes or no, 1.0 or 0.0.
+    Units that begin with `share` are printed as per cent; `share of videos` marks a yes or no, 1.0 or 0.0 a video.
     """
 
     better: Literal["higher", "lower"]

@@ -23,7 +23,7 @@ FASTEST_SHARE = 0.05
 METRICS = {
     "dynamic_degree_dis": Metric(
         "higher",
-        "videos",
+        "share of videos",
         "Share of videos that move, by VBench's rule with DIS for RAFT: among frames about 1/8 s apart, enough pairs "
         "(a quarter of 16) have a mean flow of their fastest 5 % of pixels above 6 px at a short side of 256.",
     ),
@@ -35,31 +35,31 @@ METRICS = {
     ),
     "warp_rmse_dis": Metric(
         "lower",
-        "of full scale",
+        "share of full scale",
         "Error left after each frame is warped to the next one along the flow, over pixels whose forward and backward "
         "flow agree. Flicker raises it; a still video has 0.",
     ),
     "inconsistent_flow_dis": Metric(
         "lower",
-        "share",
+        "share of pixels",
         "Share of pixels whose forward and backward flow disagree: hidden, appearing or vanishing parts. They are left "
         "out of the warp error.",
     ),
     "smooth_dis": Metric(
         "higher",
-        "of full scale",
+        "share of full scale",
         "VBench's motion smoothness with half-way flow for AMT: every other frame is dropped and interpolated from its "
         "neighbours; 1 minus the mean absolute error. A still video has 1.",
     ),
     "flicker": Metric(
         "higher",
-        "of full scale",
+        "share of full scale",
         "VBench's temporal flickering, exact: 1 minus the mean absolute difference of neighbouring frames. A still "
         "video has 1, so it means nothing without the motion beside it.",
     ),
     "duplicate_frames": Metric(
         "lower",
-        "share",
+        "share of frame pairs",
         "Share of neighbouring frames that differ by less than half an 8-bit level on average: freezes, or frames "
         "shown twice.",
     ),

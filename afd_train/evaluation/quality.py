@@ -24,7 +24,9 @@ METRICS = {
         "levels",
         "Mean distance between a pixel's strongest and weakest channel. Read it beside the teacher's.",
     ),
-    "clipping": Metric("lower", "share", "Share of channel values at 0 or 255: detail lost in black or white."),
+    "clipping": Metric(
+        "lower", "share of values", "Share of channel values at 0 or 255: detail lost in black or white."
+    ),
 }
 
 

@@ -21,7 +21,6 @@ TEMPLATE = "report.html.j2"
 POLICIES = ("teacher", "base", "student", "ema")
 NAMES = {"teacher": "teacher", "base": "base", "student": "student", "ema": "student (EMA)"}
 SIGNIFICANT = 0.05
-PER_CENT = {"share": 1, "videos": 1, "of full scale": 2}  # unit -> decimals
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Row:
 
     prompt: str
     reason: str
-    values: Sequence[tuple[str, str]]  # (policy's name, value or "failed")
+    values: Sequence[tuple[str, str, bool]]  # (policy's name, value, failed)
     mp4: bytes
 
 
@@ -100,22 +99,31 @@ def plain(metric: str) -> str:
 
 
 def show(value: float | None, metric: Metric) -> str:
-    """A value in its unit: shares and errors of full scale as per cent, others with three digits."""
+    """A value in its unit: shares as per cent, others with three digits."""
     if value is None:
         return "-"
-    return f"{100 * value:.{PER_CENT[metric.unit]}f} %" if metric.unit in PER_CENT else _digits(value)
+    decimals = _decimals(metric)
+    return _digits(value) if decimals is None else f"{100 * value:.{decimals}f} %"
 
 
 def show_delta(value: float | None, metric: Metric) -> str:
     """A signed difference: percentage points where values are per cent."""
     if value is None:
         return "-"
-    return f"{100 * value:+.{PER_CENT[metric.unit]}f} pts" if metric.unit in PER_CENT else _digits(value, "+")
+    decimals = _decimals(metric)
+    return _digits(value, "+") if decimals is None else f"{100 * value:+.{decimals}f} pts"
 
 
 def show_p(p: float) -> str:
     """A p value as papers print it."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def _decimals(metric: Metric) -> int | None:
+    """Decimals of per cent; None where the unit is not a share.  Errors of full scale are small and get one more."""
+    if not metric.unit.startswith("share"):
+        return None
+    return 2 if metric.unit == "share of full scale" else 1
 
 
 def _digits(value: float, sign: str = "") -> str:

@@ -13,6 +13,8 @@ from afd_train.evaluation.compare import Row
 from afd_train.evaluation.metric import Metric
 from afd_train.evaluation.stats import failures_as_worst
 
+TRACKED = "tracked"  # 0 where the physics metrics could not follow every body
+
 
 def gallery_rows(
     clips: Sequence[Clip], rows: Sequence[Row], metric: Metric, config: EvalConfig, fps: float
@@ -28,9 +30,16 @@ def gallery_rows(
     student = values[policies[-1]]
     chosen = gallery.choose(student, values.get("base", student), metric.better, config.gallery_rows)
     by_id = {(clip.policy, clip.prompt_id, clip.take): clip for clip in clips}
-    raw = {(row.policy, row.prompt_id, row.take): row.value for row in measured}
+    spoken = {
+        (row.policy, row.prompt_id, row.take): (_spoken(row.value, metric), not np.isfinite(row.value))
+        for row in measured
+    }
+    for row in rows:
+        if row.metric == TRACKED and row.value == 0:
+            clip = row.policy, row.prompt_id, row.take
+            spoken[clip] = spoken[clip][0] + ", a body is lost", True
     return [
-        _row(choice, [(policy, _take_of(by_id, policy, choice)) for policy in policies], raw, metric, config, fps)
+        _row(choice, [(policy, _take_of(by_id, policy, choice)) for policy in policies], spoken, config, fps)
         for choice in chosen
     ]
 
@@ -38,13 +47,12 @@ def gallery_rows(
 def _row(
     choice: gallery.Choice,
     shown: Sequence[tuple[str, Clip | None]],
-    raw: Mapping[tuple[str, str, int], float],
-    metric: Metric,
+    values: Mapping[tuple[str, str, int], tuple[str, bool]],
     config: EvalConfig,
     fps: float,
 ) -> report.Row:
     present = [(report.NAMES[policy], clip) for policy, clip in shown if clip is not None]
-    spoken = [(name, _spoken(raw[clip.policy, clip.prompt_id, clip.take], metric)) for name, clip in present]
+    spoken = [(name, *values[clip.policy, clip.prompt_id, clip.take]) for name, clip in present]
     reason = f"{choice.reason}, take {choice.take}; {report.plain(config.primary_metric)}"
     mp4 = gallery.compose([(report.NAMES[policy], clip.load() if clip else None) for policy, clip in shown], fps)
     return report.Row(present[0][1].prompt, reason, spoken, mp4)
