@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 
 from afd_data.errors import UserError
 from afd_train.config import Recipe
-from afd_train.recipe_errors import did_you_mean, dotted, problems_of, section_class
+from afd_train.recipe_errors import did_you_mean, dotted, place_and_key, problems_of, section_class
 from afd_train.recipe_yaml import MAX_BYTES, Place, Value, child_of, parse_yaml, plain
 
 _BESIDE_THE_RECIPE = ("source", "test_source")
@@ -58,7 +58,9 @@ def read_recipe(name_or_path: str | Path, sets: Sequence[str] = ()) -> LoadedRec
     try:
         recipe = Recipe.model_validate_json(json.dumps(plain(tree)), strict=True)
     except ValidationError as error:
-        problems += problems_of(error, tree, Recipe)
+        # What YAML could not read has been said; that it is missing now would say it twice.
+        told = {place_and_key(problem) for problem in problems}
+        problems += [line for line in problems_of(error, tree, Recipe) if place_and_key(line) not in told]
     if recipe is None or problems:
         head = f"{len(problems)} problems in {_display(file)}:\n  " if len(problems) > 1 else ""
         raise UserError(head + "\n  ".join(problems))
@@ -82,12 +84,15 @@ def _find(name: str, folder: Path, what: str) -> Path:
     if name == Path(name).name:
         candidates += [_shipped_folder() / name, _shipped_folder() / f"{name}.yaml"]
     for candidate in candidates:
-        if name and candidate.is_file():
-            return candidate
+        try:
+            if name and candidate.is_file():
+                return candidate
+        except OSError as error:  # a folder that may not be looked into, a name that is too long
+            raise UserError(f"{what} {name[:100]!r}: {error.strerror}") from None
     near = {path.stem for path in beside.parent.glob("*.yaml")} | set(shipped_recipes())
     if beside.is_dir():
         inside = ", ".join(sorted(path.name for path in beside.glob("*.yaml"))) or "no recipe"
-        raise UserError(f"{what} {name}: that is a folder; it holds {inside}")
+        raise UserError(f"{what} {name!r}: that is a folder; it holds {inside}")
     raise UserError(
         f"{what} {name!r}: no such file.{did_you_mean(Path(name).stem, near)} "
         f"afd ships {', '.join(shipped_recipes())}; a path to a YAML file works too."
@@ -103,10 +108,10 @@ def _with_parents(file: Path, children: tuple[Path, ...], problems: list[str]) -
     extends = tree.data.get("extends") if isinstance(tree.data, Mapping) else None
     if extends is None or extends.data is None:
         return _filled(tree, Recipe)
-    if not isinstance(extends.data, str):
+    if not isinstance(extends.data, str) or not extends.data:
         problems.append(f"{extends.place.label}: extends: expected the name of one recipe, got {plain(extends)!r}")
         return _without_extends(tree)
-    parent = _find(extends.data, file.parent, f"{extends.place.label}: extends:")
+    parent = _find(extends.data, file.parent, f"{extends.place.label}: extends")
     return _filled(_merged(_with_parents(parent, chain, problems), _without_extends(tree)), Recipe)
 
 
@@ -146,7 +151,7 @@ def _merged(parent: Value, child: Value) -> Value:
     if not (isinstance(parent.data, Mapping) and isinstance(child.data, Mapping)):
         return child
     tag = child_of(child, "name")
-    if tag is not None and plain(tag) != plain(parent.data.get("name", Value(None, parent.place))):
+    if tag is not None and "name" in parent.data and plain(tag) != plain(parent.data["name"]):
         return child
     data = dict(parent.data)
     for key, value in child.data.items():

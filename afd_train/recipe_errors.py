@@ -46,6 +46,11 @@ def problems_of(error: ValidationError, tree: Value, model: type[Config]) -> lis
     return lines
 
 
+def place_and_key(problem: str) -> str:
+    """`recipes/my.yaml:12: train.steps` of a problem's line."""
+    return ": ".join(problem.split(": ")[:2])
+
+
 def dotted(path: Iterable[str | int]) -> str:
     """`("pretrain", 0, "steps")` -> `pretrain.0.steps`, with anything unprintable escaped."""
     return ".".join(str(step) if str(step).isprintable() else ascii(step) for step in path)
@@ -96,28 +101,42 @@ def _walk(loc: Path, tree: Value, model: type[BaseModel]) -> tuple[Path, type[Ba
 
 def _sentence(item: Any, path: Path, section: type[BaseModel] | None, field: FieldInfo | None, model: Any) -> str:
     kind, got = item["type"], item["input"]
-    if kind == "extra_forbidden":
-        return _unknown_key(str(path[-1]), section, model)
-    if kind == "missing":
-        meaning = f" ({field.description})" if field and field.description else ""
-        return f"missing{meaning}. Add it, or give --set {dotted(path)}=VALUE"
-    if kind == "union_tag_not_found":
-        return f"name: missing. Allowed: {', '.join(_tags(field))}"
-    if kind == "union_tag_invalid":
-        tag = got.get("name") if isinstance(got, dict) else got
-        return f"name: got {shown(tag)}. Allowed: {', '.join(_tags(field))}.{did_you_mean(tag, _tags(field))}"
-    if kind == "literal_error":
-        choices = [str(choice) for choice in _choices(field.annotation)] if field else []
-        return f"got {shown(got)}. Allowed: {', '.join(choices)}.{did_you_mean(got, choices)}"
-    if kind == "value_error":
-        return str(item["ctx"]["error"])
-    hint = ""
-    if kind == "string_type" and isinstance(got, int | float):
-        hint = f'. Put it in quotes: "{got}"'
-    expected = _KINDS.get(kind) or item["msg"].removeprefix("Input should be ")
-    limits = _limits(field)
-    if kind in ("int_type", "float_type", "finite_number", "too_short") or kind not in _KINDS:
-        expected = f"{_KINDS.get(kind, 'a number')} {limits}" if limits else expected
+    match kind:
+        case "extra_forbidden":
+            return _unknown_key(str(path[-1]), section, model)
+        case "missing":
+            return _missing(path, field)
+        case "union_tag_not_found":
+            return f"name: missing. Allowed: {', '.join(_tags(field))}"
+        case "union_tag_invalid":
+            tag = got.get("name") if isinstance(got, dict) else got
+            return f"name: {_choose(tag, _tags(field))}"
+        case "literal_error":
+            return _choose(got, [str(choice) for choice in _choices(field.annotation)] if field else [])
+        case "value_error":
+            return str(item["ctx"]["error"])
+        case "too_long":
+            return f"expected at most {item['ctx']['max_length']} entries, got {shown(got)}"
+        case _:
+            return _expected(kind, item["msg"], got, "" if isinstance(path[-1], int) else _limits(field))
+
+
+def _missing(path: Path, field: FieldInfo | None) -> str:
+    if isinstance(path[-1], int):
+        return "missing: the list is too short"
+    meaning = f" ({field.description})" if field and field.description else ""
+    return f"missing{meaning}. Add it, or give --set {dotted(path)}=VALUE"
+
+
+def _choose(got: object, choices: list[str]) -> str:
+    return f"got {shown(got)}. Allowed: {', '.join(choices)}.{did_you_mean(got, choices)}"
+
+
+def _expected(kind: str, message: str, got: object, limits: str) -> str:
+    expected = _KINDS.get(kind) or message.removeprefix("Input should be ")
+    if limits and (kind in ("int_type", "float_type", "finite_number", "too_short") or kind not in _KINDS):
+        expected = f"{_KINDS.get(kind, 'a number')} {limits}"
+    hint = f'. Put it in quotes: "{got}"' if kind == "string_type" and isinstance(got, int | float) else ""
     return f"expected {expected}, got {shown(got)}{hint}"
 
 
@@ -125,8 +144,8 @@ def _unknown_key(key: str, section: type[BaseModel] | None, model: type[Config])
     allowed = list(section.model_fields) if section else []
     hint = did_you_mean(key, allowed)
     if not hint:
-        homes = [home for home, cls in _sections(model) if key in cls.model_fields and cls is not section]
-        hint = f" Did you mean {' or '.join(f'{home}.{key}'.lstrip('.') for home in homes)}?" if homes else ""
+        homes = [f"{home}.{key}".lstrip(".") for home, cls in _sections(model) if key in cls.model_fields]
+        hint = f" Did you mean {' or '.join(list(dict.fromkeys(homes))[:3])}?" if homes else ""
     return f"unknown key.{hint} Allowed here: {', '.join(allowed)}"
 
 

@@ -122,7 +122,7 @@ class _Converter:
         if isinstance(node, yaml.SequenceNode):
             items = enumerate(node.value)
             return Value(tuple(self.value(item, item, (*path, str(index))) for index, item in items), place)
-        return Value(self._scalar(node, place), place)
+        return Value(self._scalar(node, place, path), place)
 
     def _mapping(self, node: yaml.MappingNode, path: tuple[str, ...]) -> dict[str, Value]:
         result: dict[str, Value] = {}
@@ -137,8 +137,9 @@ class _Converter:
                 result[key.value] = self.value(child, key, (*path, key.value))
         return result
 
-    def _scalar(self, node: yaml.Node, place: Place) -> str | int | float | bool | None:
+    def _scalar(self, node: yaml.Node, place: Place, path: tuple[str, ...]) -> str | int | float | bool | None:
         kind, text = node.tag.removeprefix(_TAG), node.value
+        where = ": ".join(filter(None, (place.label, ".".join(path))))
         readers = {
             "null": lambda _: None,
             "bool": lambda word: {"true": True, "false": False}[word.lower()],
@@ -147,13 +148,13 @@ class _Converter:
             "str": _checked_text,
         }
         if kind not in readers:
-            self.problems.append(f"{place.label}: the tag {node.tag} is not read; write a plain value")
+            self.problems.append(f"{where}: the tag {node.tag} is not read; write a plain value")
             return None
         try:
             return readers[kind](text if kind == "str" else text.lower())
         except (ValueError, KeyError):
             meant = _MEANT.get(kind, "text without control characters")
-            self.problems.append(f"{place.label}: {text[:40]!r} is not {meant}")
+            self.problems.append(f"{where}: {text[:40]!r} is not {meant}")
             return None
 
 

@@ -155,7 +155,7 @@ ELSEWHERE = f"--set out=runs/b --set stream.folder={CACHE}"
 CASES = [
     # Recipes
     Case("no such recipe", nothing, "run folderr", "recipe 'folderr': no such file. Did you mean folder?"),
-    Case("a folder for a recipe", nothing, "run clips", "recipe clips: that is a folder"),
+    Case("a folder for a recipe", nothing, "run clips", "recipe 'clips': that is a folder"),
     Case("empty recipe", recipe(""), "train b", "b.yaml:1: a recipe is a mapping (lines of `key: value`); it is empty"),
     Case("a list for a recipe", recipe("- out"), "train b", "b.yaml:1: a recipe is a mapping"),
     Case("tab", recipe("train:\n\tsteps: 3\n"), "train b", "b.yaml:2: not YAML: a tab stands where YAML wants spaces"),
@@ -164,7 +164,7 @@ CASES = [
     ),
     Case("two documents", recipe("out: a\n---\nout: b\n"), "train b", "more than one document"),
     Case("alias", recipe("out: &a x\nprompts: *a\n"), "train b", "b.yaml:2: not YAML: aliases (*name) are not read"),
-    Case("python object", recipe("out: !!python/name:os.system x\n"), "train b", "b.yaml:1: the tag tag:yaml.org"),
+    Case("python object", recipe("out: !!python/name:os.system x\n"), "train b", "b.yaml:1: out: the tag tag:yaml.org"),
     Case("key given twice", extended("seed: 1\nseed: 2\n"), "train b", "b.yaml:3: seed: given twice, first in line 2"),
     Case(
         "unknown key",
@@ -223,7 +223,7 @@ CASES = [
     Case(
         "circle of parents", file("a.yaml", "extends: a\n"), "train a", "extends: goes round in a circle: a.yaml -> a"
     ),
-    Case("parent that is not there", recipe("extends: z\n"), "train b", "b.yaml:1: extends: 'z': no such file"),
+    Case("parent that is not there", recipe("extends: z\n"), "train b", "b.yaml:1: extends 'z': no such file"),
     Case("nothing set", nothing, "train a --set train.steps", "--set train.steps: expected KEY.PATH=VALUE"),
     Case(
         "no such list entry",

@@ -91,6 +91,16 @@ def test_caching_then_a_dry_run_finds_the_videos_there(afd, folder):
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+def test_run_until_a_stage_stops_after_it_and_the_cache_can_be_looked_at(afd, folder):
+    result = afd("run", "a", "--until", "cache-teacher")
+    assert result.stdout.startswith("[1/1] cache-teacher\n")
+    assert not (folder / "runs/a/train").exists()
+    assert "3 samples planned" in afd("cache", "status", "runs/a/cache").stdout
+    assert "contact sheet: sheet.png" in afd("cache", "inspect", "runs/a/cache", "-o", "sheet.png").stdout
+    assert (folder / "sheet.png").read_bytes().startswith(b"\x89PNG")
+    assert afd("cache", "verify", "runs/a/cache").stdout == "runs/a/cache: every hash is right\n"
+
+
 def test_a_mistake_is_one_message_on_stderr_and_exit_code_2(afd, folder):
     result = afd("train", "a", "--set", "train.stepz=5")
     assert result.exit_code == 2

@@ -171,3 +171,39 @@ def test_inheriting_in_a_circle_is_shown(write):
     write("a.yaml", "extends: b\n")
     write("b.yaml", "extends: a\n")
     assert message("a").endswith("a.yaml -> b.yaml -> a.yaml")
+
+
+def test_what_yaml_cannot_read_is_told_once(write):
+    assert message(write("a.yaml", BASE + "seed: !!int x\n")) == "a.yaml:4: seed: 'x' is not a whole number"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 5000,
+        BASE + "seed: " + "9" * 5000,
+        BASE + 'seed: "\\ud800"',
+        BASE + "? [a, b]\n: c",
+        BASE + '"\\e[31m": 3',
+        BASE + "<<: {seed: 1}",
+        BASE + "pretrain: {}",
+        BASE + "train: {objective: {name: [afd]}}",
+        BASE + "student: {steps: [[1]]}",
+        BASE + "student: {pixel_centre: [1, 2]}",
+        'out: "\\0"',
+        "extends: .",
+        "extends: [a]",
+        "%YAML 9.9\n---\nout: x",
+        "\x07",
+    ],
+    ids=range(15),
+)
+def test_no_text_is_more_than_a_user_error(write, text):
+    said = message(write("a.yaml", text))
+    assert said.isprintable() or "\n" in said
+    assert "a.yaml" in said
+
+
+@pytest.mark.parametrize("text", ["name=x", "pretrain=5", "teacher.name=[1]", "out=a: b", "out='a", "train.steps.x=3"])
+def test_no_set_is_more_than_a_user_error(write, text):
+    assert "--set" in message(write("a.yaml", BASE), text)
