@@ -1,0 +1,51 @@
+"""Rectified flow, the one convention of this repository.
+
+t = 0 is the clean clip, t = 1 is noise, the velocity points from clean to noise.  Nobody else writes `1 - t`.
+Shapes: B = batch, F = latent frame, C = channel, H, W = latent pixels; times are [B, F], one a latent frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def per_frame(t: Tensor) -> Tensor:
+    """[B, F] -> [B, F, 1, 1, 1], to multiply a clip with."""
+    return t[..., None, None, None]
+
+
+def noised(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t = (1 - t) clean + t noise (AFD eq. 3).  clean, noise: [B, F, C, H, W]; t: [B, F] in [0, 1]."""
+    t = per_frame(t)
+    return (1 - t) * clean + t * noise
+
+
+def velocity(clean: Tensor, noise: Tensor) -> Tensor:
+    """v = noise - clean, the derivative of `noised` (AFD eq. 3)."""
+    return noise - clean
+
+
+def clean_from_velocity(noisy: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """The clean clip that velocity `v` at `noisy` points back to: x_t - t v."""
+    return noisy - per_frame(t) * v
+
+
+def velocity_from_clean(noisy: Tensor, clean: Tensor, t: Tensor) -> Tensor:
+    """The inverse of `clean_from_velocity`: (x_t - clean) / t, for t > 0."""
+    return (noisy - clean) / per_frame(t)
+
+
+def warped(step: float, shift: float) -> float:
+    """A step of the sampler (1000 = noise) as a time in [0, 1]: t = shift s / (1 + (shift - 1) s), s = step / 1000.
+
+    With shift 5 the usual 1000, 750, 500, 250 become 1, 0.9375, 0.8333, 0.625.
+    """
+    s = step / 1000
+    return shift * s / (1 + (shift - 1) * s)
+
+
+def schedule(steps: Sequence[int], shift: float) -> list[float]:
+    """The sampler's times, falling, from unwarped steps."""
+    return [warped(step, shift) for step in steps]

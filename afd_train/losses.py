@@ -1,0 +1,61 @@
+"""Losses as pure functions of tensors: no config, no model, no logging.
+
+Equation numbers are those of the AFD paper (arXiv 2605.26105).  Clips are [B, F, C, H, W], scores and weights [B].
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def per_clip_mse(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared difference of each clip.  a, b: [B, ...] -> [B]."""
+    return (a - b).square().flatten(1).mean(1)
+
+
+def bradley_terry_loss(teacher_score: Tensor, student_score: Tensor) -> Tensor:
+    """-log P(the teacher's clip beats the student's) under Bradley-Terry (eq. 1).
+
+    teacher_score, student_score: [B], paired by prompt -> scalar.  Equal scores give ln 2.  At the optimum a score
+    is the log density ratio of teacher to student (eq. 10), which is what makes it a usable advantage.
+    """
+    return F.softplus(student_score - teacher_score).mean()
+
+
+def forward_process_loss(
+    v_student: Tensor, v_old: Tensor, v_target: Tensor, weight: Tensor, policy_mix: float
+) -> Tensor:
+    """Flow matching towards liked and away from disliked samples (eq. 4; policy_mix is its beta).
+
+    v_*: [B, ...], v_old without gradient; weight: [B] in [0, 1], 1/2 is no opinion; policy_mix in (0, 1] -> scalar.
+    With w = 1/2 and v_student = v_old the two branches cancel.  The lag of v_old is the only restoring force: it
+    holds a trust region policy_mix^2 |v_student - v_old|^2.
+    """
+    step = policy_mix * (v_student - v_old)
+    towards = per_clip_mse(v_old + step, v_target)
+    away = per_clip_mse(v_old - step, v_target)
+    return (weight * towards + (1 - weight) * away).mean()
+
+
+def prior_loss(v_student: Tensor, v_reference: Tensor) -> Tensor:
+    """Squared distance from the frozen reference student (eq. 5's second term).  [B, ...] -> scalar."""
+    return per_clip_mse(v_student, v_reference).mean()
+
+
+def flow_matching_loss(v_student: Tensor, v_target: Tensor, frame_weight: Tensor) -> Tensor:
+    """Weighted flow matching.  v_*: [B, F, C, H, W]; frame_weight: [B, F] -> scalar."""
+    per_frame = (v_student - v_target).square().flatten(2).mean(2)
+    return (frame_weight * per_frame).mean()
+
+
+def distribution_matching_loss(clean: Tensor, real_clean: Tensor, fake_clean: Tensor) -> Tensor:
+    """Distribution matching distillation (arXiv 2311.18828, eq. 7) as a regression target.
+
+    clean: the student's clips, with gradient; real_clean, fake_clean: what the score of the data and the online score
+    of the student's clips make of them, noised; all [B, F, C, H, W] -> scalar.  The gradient with respect to `clean`
+    is (fake - real) / mean |clean - real| a clip, over the number of elements.
+    """
+    scale = (clean.detach() - real_clean).abs().flatten(1).mean(1).clamp_min(1e-4)
+    direction = (fake_clean - real_clean) / scale[:, None, None, None, None]
+    return 0.5 * (clean - (clean - direction).detach()).square().mean()

@@ -1,0 +1,214 @@
+"""The loop.  Read this first.
+
+`train(recipe)` runs the phases of a recipe (`pretrain`, then `train`), each in a folder of its own and each starting
+from the evaluation student of the one before.  The same command again resumes: everything of step n follows from
+(seed, n) and the last checkpoint, so a resumed run equals an unbroken one, on a CPU bit for bit, its log included.
+
+    TRAIN/metrics.jsonl, timings.jsonl, tensorboard/   what was measured, and how long it took
+    TRAIN/checkpoints/step-NNNNNN/                     everything needed to go on
+    TRAIN/students/{base,student,ema}/                 before, after, and the running average that is evaluated
+    TRAIN/validation/step-NNNNNN.mp4                   the same held-out prompts and noise every time
+    TRAIN/pretrain-N/...                               the same for a phase before
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from afd_data.errors import UserError
+from afd_data.stream import Stream
+from afd_train.alarms import Alarms
+from afd_train.checkpoint import (
+    Parts,
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from afd_train.config import Recipe, TrainConfig
+from afd_train.objectives import Metrics, Setup, open_objective
+from afd_train.policies import Trainee
+from afd_train.runlog import RunLog, Stopwatch
+from afd_train.runs import stream_folder, train_folder
+from afd_train.students import Student, new_student, open_student, save_student
+from afd_train.validation import Validation
+
+log = logging.getLogger(__name__)
+
+# What may change between a run and its resumption without changing what was trained so far.
+FREE_TO_CHANGE = {"steps", "save_every_steps", "keep_checkpoints", "trackers", "seconds"}
+
+
+def train(recipe: Recipe) -> Path:
+    """Run or resume all phases; returns the folder of the last one.
+
+    Raises UserError: no cache, a checkpoint of another recipe, or a run that went wrong (with its diagnosis).
+    """
+    folder = train_folder(recipe)
+    start = recipe.student.init
+    for index, config in enumerate(recipe.pretrain):
+        phase = folder / f"pretrain-{index}"
+        Trainer(recipe, config, phase, start).run()
+        start = str(phase / "students" / "ema")
+    Trainer(recipe, recipe.train, folder, start).run()
+    return folder
+
+
+class Trainer:
+    """One phase."""
+
+    def __init__(self, recipe: Recipe, config: TrainConfig, folder: Path, init: str | None):
+        self.config = config
+        self.folder = folder
+        self.accelerator = Accelerator(log_with=list(config.trackers), project_dir=folder)
+        self.student = _starting_student(recipe, init)
+        self.student.net.to(self.accelerator.device)
+        self.trainee = Trainee(self.student.net, config, self.accelerator)
+        self.stream = self._open_stream(recipe, "train")
+        self.held_out = self._open_stream(recipe, "validation") if recipe.prompts.validation else None
+        self.watch = Stopwatch()
+        setup = Setup(
+            student=self.student,
+            trainee=self.trainee,
+            config=config,
+            discriminator=recipe.discriminator,
+            stream=self.stream,
+            held_out=self.held_out,
+            seed=recipe.seed,
+            accelerator=self.accelerator,
+            watch=self.watch,
+        )
+        self.objective = open_objective(setup)
+        self.validation = Validation(setup, folder / "validation", exact=recipe.teacher.name == "playground")
+        self.alarms = Alarms(config)
+        self._identity = _identity(recipe, config)
+
+    def run(self) -> None:
+        """Go from the last checkpoint, or from nothing, to the last step."""
+        step = self._resume()
+        if step == self.config.steps:
+            log.info(f"{self.folder}: all {step} steps are done")
+            return
+        self.accelerator.init_trackers("tensorboard")
+        self.runlog = RunLog(self.folder, self.accelerator, step, self.config.steps)
+        try:
+            if step is None:
+                step = 0
+                self._export("base")
+                self.objective.prepare(self._log)
+                self._save(step)
+            self._loop(step)
+        finally:
+            self.runlog.close()
+
+    def _loop(self, first: int) -> None:
+        config = self.config
+        per_process = config.prompts_per_step // self.accelerator.num_processes
+        for step in range(first, config.steps):
+            with self.watch("data"):
+                examples = self.stream.next_batch(per_process)
+            metrics = self.objective.step(examples, step)
+            done = step + 1
+            if done % config.validate_every_steps == 0 or done == config.steps:
+                metrics |= self.validation.run(done)
+            self._log(step, metrics)
+            self.alarms.check(step, metrics)
+            if done % config.save_every_steps == 0 or done == config.steps:
+                self._save(done)
+
+    def _log(self, step: int, metrics: Metrics) -> None:
+        self.runlog.write(step, metrics, self.watch.read())
+
+    def _parts(self) -> Parts:
+        modules = {"student": self.student.net, "ema": self.trainee.evaluation, **self.objective.modules}
+        return Parts(modules, {"student": self.trainee.optimizer, **self.objective.optimizers})
+
+    def _save(self, step: int) -> None:
+        if self.accelerator.is_main_process:
+            state = {
+                "step": step,
+                "stream": self.stream.state_dict(),
+                "held_out": self.held_out.state_dict() if self.held_out else None,
+                "alarms": self.alarms.state_dict(),
+                "identity": self._identity,
+            }
+            save_checkpoint(self.folder / "checkpoints" / f"step-{step:06d}", self._parts(), state)
+            prune_checkpoints(self.folder / "checkpoints", self.config.keep_checkpoints)
+            self._export("student")
+            self._export("ema")
+        self.accelerator.wait_for_everyone()
+
+    def _export(self, name: str) -> None:
+        """Write a policy as a student folder."""
+        net = self.trainee.evaluation if name == "ema" else self.student.net
+        student = Student(net, self.student.config, self.student.video)
+        save_student(student, self.folder / "students" / name)
+
+    def _resume(self) -> int | None:
+        """Restore the newest checkpoint; returns its step, None if there is none."""
+        checkpoint = latest_checkpoint(self.folder / "checkpoints")
+        if checkpoint is None:
+            return None
+        state = load_checkpoint(checkpoint, self._parts(), check=self._check_identity)
+        self.stream.load_state_dict(state["stream"])
+        if self.held_out:
+            self.held_out.load_state_dict(state["held_out"])
+        self.alarms.load_state_dict(state["alarms"])
+        if state["step"] > self.config.steps:
+            raise UserError(
+                f"{checkpoint} is at step {state['step']}, beyond train.steps={self.config.steps}. "
+                "Ask for more steps, or choose another `--set out=FOLDER`."
+            )
+        log.info(f"resuming from {checkpoint}")
+        return state["step"]
+
+    def _check_identity(self, state: dict) -> None:
+        if changed := [key for key in self._identity if self._identity[key] != state["identity"].get(key)]:
+            raise UserError(
+                f"{self.folder}: holds a run of another recipe ({', '.join(changed)} differ). "
+                "Put the settings back, or choose another `--set out=FOLDER`."
+            )
+
+    def _open_stream(self, recipe: Recipe, split: str) -> Stream:
+        return Stream(
+            stream_folder(recipe),
+            recipe.stream,
+            split,
+            seed=recipe.seed,
+            rank=self.accelerator.process_index,
+            ranks=self.accelerator.num_processes,
+        )
+
+
+def _starting_student(recipe: Recipe, init: str | None) -> Student:
+    """The student a phase starts from, sampled as the recipe says."""
+    if init is None:
+        return new_student(recipe.student, recipe.video, recipe.seed)
+    opened = open_student(init)
+    shape = {"dim", "heads", "layers", "ffn_dim", "chunk_frames", "prediction", "autoencoder", "pixel_factor",
+             "text_encoder", "text_tokens", "text_dim"}  # fmt: skip
+    odd = [key for key in sorted(shape) if getattr(opened.config, key) != getattr(recipe.student, key)]
+    if odd:
+        key = odd[0]
+        raise UserError(
+            f"student.init: {init} has {key} {getattr(opened.config, key)}, the recipe has "
+            f"{getattr(recipe.student, key)}. Set student.{key} as in {init}/student.json."
+        )
+    if (opened.video.width, opened.video.height, opened.video.frames) != (
+        recipe.video.width,
+        recipe.video.height,
+        recipe.video.frames,
+    ):
+        log.warning(f"student.init: {init} was made for clips of another size")
+    return Student(opened.net.train(), recipe.student, recipe.video)
+
+
+def _identity(recipe: Recipe, config: TrainConfig) -> dict:
+    """What a checkpoint must have been trained with to be gone on from."""
+    sections = {"student": recipe.student, "discriminator": recipe.discriminator, "video": recipe.video}
+    identity = {name: section.model_dump(mode="json") for name, section in sections.items()}
+    settings = config.model_dump(mode="json", exclude=FREE_TO_CHANGE)
+    return identity | {f"train.{key}": value for key, value in settings.items()} | {"seed": recipe.seed}

@@ -1,0 +1,61 @@
+"""The same held-out prompts with the same noise: a strip of videos, and exact metrics where they exist."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from afd_data.config import VideoConfig
+from afd_data.stream import Stream
+from afd_data.video import write_mp4
+from afd_train.objectives import Metrics, Setup
+from afd_train.students import Student
+
+NOISE_SEED = 2**30  # of validation; far from the seeds of training steps
+STRIP_CLIPS = 8
+STRIP_PIXELS = 96  # side to which small clips are enlarged
+
+
+class Validation:
+    """Draws the averaged student on held-out prompts."""
+
+    def __init__(self, setup: Setup, folder: Path, exact: bool):
+        """`exact`: the prompts are of the playground, whose physics can be measured."""
+        self._setup = setup
+        self._folder = folder
+        self._exact = exact
+        self._prompts = _prompts(setup.held_out or setup.stream, setup.config.validation_prompts)
+
+    def run(self, step: int) -> Metrics:
+        """Write the strip of `step` and return means over the clips, as `validation/...`."""
+        setup = self._setup
+        if not setup.accelerator.is_main_process:
+            return {}
+        with setup.watch("validation"):
+            student = Student(setup.trainee.evaluation, setup.student.config, setup.student.video)
+            videos = student.videos(self._prompts, NOISE_SEED, takes=1)[:, 0]
+            self._write_strip(videos[:STRIP_CLIPS], step, setup.student.video.fps)
+            return self._measure(videos) if self._exact else {}
+
+    def _measure(self, videos: np.ndarray) -> Metrics:
+        from afd_train.evaluation.physics import measure
+
+        fps = self._setup.student.video.fps
+        rows = [measure(video, fps, prompt) for video, (_, prompt) in zip(videos, self._prompts, strict=True)]
+        return {f"validation/{key}": float(np.mean([row[key] for row in rows])) for key in rows[0]}
+
+    def _write_strip(self, videos: np.ndarray, step: int, fps: float) -> None:
+        """Clips side by side, enlarged to be visible: uint8 [N, F, H, W, 3] -> one mp4."""
+        factor = max(1, STRIP_PIXELS // videos.shape[2])
+        large = videos.repeat(factor, 2).repeat(factor, 3)
+        strip = np.concatenate(list(large), axis=2)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        config = VideoConfig(width=strip.shape[2], height=strip.shape[1], frames=len(strip), fps=fps)
+        write_mp4(self._folder / f"step-{step:06d}.mp4", strip, config)
+
+
+def _prompts(stream: Stream, count: int) -> list[tuple[str, str]]:
+    """(id, text) of the first prompts by id."""
+    first = {stream.places[key].prompt_id: key for key in reversed(stream.keys)}
+    return [(prompt_id, stream.example(first[prompt_id]).prompt) for prompt_id in sorted(first)[:count]]
