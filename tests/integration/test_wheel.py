@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow  # pip builds and unpacks a wheel: 10 s on two busy cores
 PARTS = ("afd_data", "afd_train", "cli", "recipes", "pyproject.toml", "README.md", "LICENSE")
 
 
