@@ -127,7 +127,10 @@ def _decimals(metric: Metric) -> int | None:
 
 
 def _digits(value: float, sign: str = "") -> str:
-    return f"{value:{sign}.0f}" if abs(value) >= 1000 else f"{value:{sign}.3g}"
+    if abs(value) >= 1000:
+        return f"{value:{sign}.0f}"
+    # No exponents: what is smaller than a thousandth of a unit may as well end at the fourth decimal.
+    return f"{value:{sign}.3g}" if abs(value) >= 0.001 or value == 0 else f"{value:{sign}.4f}"
 
 
 def _context(report: Report) -> dict[str, Any]:
