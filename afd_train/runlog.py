@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
-from tqdm import tqdm
+
+from afd_data.progress import progress_bar
 
 
 class Stopwatch:
@@ -49,7 +50,7 @@ class RunLog:
             for path in (self._metrics, self._timings):
                 _truncate(path, resume_from)
         done = 0 if resume_from is None else resume_from
-        self._bar = tqdm(total=steps, initial=done, unit="step", desc="train", disable=not self._main)
+        self._bar = progress_bar(steps, "step", "train", initial=done, disable=not self._main)
 
     def write(self, step: int, metrics: dict[str, float], timings: dict[str, float]) -> None:
         """One line a file, the trackers' scalars, and the bar."""
@@ -60,11 +61,12 @@ class RunLog:
         if step >= 0:
             self._bar.update()
         else:
-            self._bar.set_description(f"warm-up {-step}")
+            self._bar.set_description(f"warm-up {-step}", refresh=False)
         if step == 0:
-            self._bar.set_description("train")
+            self._bar.set_description("train", refresh=False)
         shown = {"loss": "student/loss", "margin": "discriminator/margin", "ref": "student/reference_distance"}
-        self._bar.set_postfix({name: f"{metrics[key]:.3f}" for name, key in shown.items() if key in metrics})
+        values = {name: f"{metrics[key]:.3f}" for name, key in shown.items() if key in metrics}
+        self._bar.set_postfix(values, refresh=False)
 
     def close(self) -> None:
         """Flush the bar and the trackers."""
