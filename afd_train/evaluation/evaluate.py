@@ -23,7 +23,7 @@ from afd_train.evaluation.clips import Clip
 from afd_train.evaluation.compare import Row, Summary, summarise, with_holm, write_rows
 from afd_train.evaluation.metric import Metric
 from afd_train.evaluation.showcase import gallery_rows
-from afd_train.runs import eval_folder, stream_folder, train_folder
+from afd_train.runs import eval_folder, stream_folder, student_folder, train_folder
 
 RESULTS_VERSION = 1
 
@@ -37,7 +37,7 @@ def evaluate(recipe: Recipe) -> Path:
     groups = measure.groups(recipe.teacher.name)
     primary = _metric(groups, config.primary_metric)
     teacher = videos.teacher_clips(stream_folder(recipe), config.split, config.prompts, recipe.stream.decoder)
-    students = {policy: train_folder(recipe) / "students" / policy for policy in config.policies}
+    students = {policy: student_folder(recipe, policy) for policy in config.policies}
     checkpoints = {policy: videos.folder_sha256(folder) for policy, folder in students.items()}
     out.mkdir(parents=True, exist_ok=True)
     with one_writer(out / ".lock", str(out)):
