@@ -180,6 +180,7 @@ class Trainer:
             seed=recipe.seed,
             rank=self.accelerator.process_index,
             ranks=self.accelerator.num_processes,
+            video=recipe.video,
         )
 
 

@@ -25,6 +25,7 @@ from afd_train.students import Clip
 from afd_train.students.causal_wan import CausalWan, KVCache
 
 HISTOGRAM = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0)  # bins of the weights in the log
+WARMUP_TAKES = 4  # rollouts of a prompt that the warm-up draws from
 REFERENCE_CLIPS = 8  # rollouts a step on which the reference is evaluated: its weight is 1e-4, its cost is not
 
 
@@ -44,21 +45,27 @@ class AdversarialFlowDistillation:
         self.optimizers = {"discriminator": optimizer}
 
     def prepare(self, log: Callable[[int, Metrics], None]) -> None:
-        """Warm the discriminator up on rollouts of the base student, drawn once (steps -warmup_steps .. -1)."""
+        """Warm the discriminator up on rollouts of the base student, drawn once a prompt (steps -warmup_steps .. -1)."""
         config = self._setup.discriminator
+        drawn: dict[str, Tensor] = {}  # prompt id -> [WARMUP_TAKES, F, C, H, W]
         for index in range(config.warmup_steps):
             step = index - config.warmup_steps
             examples = self._setup.stream.next_batch(config.warmup_prompts)
-            rollouts = self._rollout(examples, step, takes=1)
-            metrics = self._update_discriminator(examples, rollouts, step, config.warmup_learning_rate)
+            new = [example for example in examples if example.prompt_id not in drawn]
+            if new:
+                clips = self._rollout(new, -1, WARMUP_TAKES).clips.unflatten(0, (len(new), WARMUP_TAKES))
+                drawn |= {example.prompt_id: takes for example, takes in zip(new, clips, strict=True)}
+            choice = torch.randint(WARMUP_TAKES, (len(examples),), generator=self._setup.generator(step, "warm-up"))
+            clips = torch.stack([drawn[e.prompt_id][take] for e, take in zip(examples, choice.tolist(), strict=True)])
+            metrics = self._update_discriminator(examples, clips, step, config.warmup_learning_rate)
             log(step, metrics | self._held_out(step))
 
     def step(self, examples: Sequence[Example], step: int) -> Metrics:
         """One update of the discriminator and one of the student on K rollouts of every prompt."""
         takes = self._setup.config.rollouts_per_prompt
         rollouts = self._rollout(examples, step, takes)
-        metrics = self._update_discriminator(examples, rollouts, step, self._setup.discriminator.learning_rate)
-        advantages = self._advantages(examples, rollouts, step)
+        metrics = self._update_discriminator(examples, rollouts.clips, step, self._setup.discriminator.learning_rate)
+        advantages = self._advantages(examples, rollouts.clips, step)
         metrics |= self._update_student(examples, rollouts, advantages, step)
         ema_update(self._old, self._setup.trainee.net, self._config.old_policy_decay)
         return metrics | self._held_out(step)
@@ -73,7 +80,7 @@ class AdversarialFlowDistillation:
     def _text(self, examples: Sequence[Example], takes: int) -> Tensor:
         return self._setup.student.encode_text([e.prompt for e in examples]).repeat_interleave(takes, 0)
 
-    def _update_discriminator(self, examples: Sequence[Example], rollouts: Rollout, step: int, rate: float) -> Metrics:
+    def _update_discriminator(self, examples: Sequence[Example], rollouts: Tensor, step: int, rate: float) -> Metrics:
         """One Bradley-Terry step (eq. 1): each rollout against its prompt's teacher video."""
         setup, optimizer = self._setup, self.optimizers["discriminator"]
         with setup.watch("discriminator"):
@@ -90,14 +97,14 @@ class AdversarialFlowDistillation:
         }
 
     def _scores(
-        self, examples: Sequence[Example], rollouts: Rollout, noise: torch.Generator | None
+        self, examples: Sequence[Example], rollouts: Tensor, noise: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
         """Scores of the teacher's and the student's clips, paired: [P K] each.  `noise` blurs its inputs.
 
         Both sides are latents of 8-bit video: the teacher's were decoded from a file, the student's make the trip.
         """
-        takes = len(rollouts.clips) // len(examples)
-        clips = torch.cat([self._setup.latents(examples), self._setup.student.autoencoder.round_trip(rollouts.clips)])
+        takes = len(rollouts) // len(examples)
+        clips = torch.cat([self._setup.latents(examples), self._setup.student.autoencoder.round_trip(rollouts)])
         text = torch.cat([self._text(examples, 1), self._text(examples, takes)])
         if noise is not None:
             blur = torch.randn(clips.shape, generator=noise).to(clips.device)
@@ -106,7 +113,7 @@ class AdversarialFlowDistillation:
         return scores[: len(examples)].repeat_interleave(takes), scores[len(examples) :]
 
     @torch.no_grad()
-    def _advantages(self, examples: Sequence[Example], rollouts: Rollout, step: int) -> Tensor:
+    def _advantages(self, examples: Sequence[Example], rollouts: Tensor, step: int) -> Tensor:
         """Eq. 2, from the updated discriminator without input noise: [P, K]."""
         with self._setup.watch("discriminator"):
             _, scores = self._scores(examples, rollouts, noise=None)
@@ -164,7 +171,7 @@ class AdversarialFlowDistillation:
         if setup.held_out is None or setup.config.held_out_per_step == 0:
             return {}
         examples = setup.held_out.next_batch(setup.config.held_out_per_step)
-        teacher, student = self._scores(examples, self._rollout(examples, step, takes=1), noise=None)
+        teacher, student = self._scores(examples, self._rollout(examples, step, takes=1).clips, noise=None)
         return {
             "discriminator/held_out_accuracy": float((teacher > student).float().mean()),
             "discriminator/held_out_margin": float((teacher - student).mean()),
