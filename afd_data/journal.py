@@ -14,6 +14,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
@@ -71,6 +72,7 @@ class Journal:
         self._lock = threading.RLock()
         self._patience_s = patience_s
         self._oldest = 0.0  # when the open transaction began, time.monotonic()
+        self._broken: sqlite3.OperationalError | None = None
         mode = "rwc" if writable else "ro"
         if not writable and not path.with_name(f"{path.name}-wal").exists():
             mode += "&immutable=1"  # nobody writes; an ordinary reader would leave a -wal and a -shm file behind
@@ -101,16 +103,13 @@ class Journal:
     def move(self, sample_id: int, to: str, reason: str = "", **columns: object) -> None:
         """Enter state `to`.  `columns`: further columns of `samples`, or job_id, cost, currency of the attempt."""
         attempt = {name: columns.pop(name) for name in ("job_id", "cost", "currency") if name in columns}
-        with self._lock:
-            self._begin()
+        with self._writing():
             old, fingerprint = self._db.execute(
                 "SELECT state, fingerprint FROM samples WHERE id = ?", (sample_id,)
             ).fetchone()
             check_transition(old, to)
             self._update("samples", sample_id, {"state": to, "reason": reason, **columns})
             self._attempt(fingerprint, to, reason, attempt)
-            if time.monotonic() - self._oldest >= self._patience_s:
-                self.flush()
 
     def _attempt(self, fingerprint: str, to: str, reason: str, columns: dict) -> None:
         now = time.time()
@@ -131,21 +130,36 @@ class Journal:
         names = ", ".join(f"{name} = ?" for name in columns)
         self._db.execute(f"UPDATE {table} SET {names} WHERE id = ?", (*columns.values(), row_id))
 
-    def _begin(self) -> None:
-        if not self._db.in_transaction:
-            self._db.execute("BEGIN IMMEDIATE")
-            self._oldest = time.monotonic()
+    @contextmanager
+    def _writing(self, patience_s: float | None = None) -> Iterator[None]:
+        """A piece of the open transaction, which is committed when it has waited long enough.
+
+        What a failed write leaves of a transaction is not ours to guess: the journal then takes nothing more.
+        """
+        with self._lock:
+            if self._broken is not None:
+                raise self._broken
+            try:
+                if not self._db.in_transaction:
+                    self._db.execute("BEGIN IMMEDIATE")
+                    self._oldest = time.monotonic()
+                yield
+                if time.monotonic() - self._oldest >= (self._patience_s if patience_s is None else patience_s):
+                    self._db.execute("COMMIT")
+            except sqlite3.OperationalError as error:
+                self._broken = error
+                raise
 
     def flush(self) -> None:
         """Make everything recorded so far durable."""
-        with self._lock:
-            if self._db.in_transaction:
-                self._db.execute("COMMIT")
+        with self._writing(patience_s=0.0):
+            pass
 
     def close(self) -> None:
         """Flush and close."""
         with self._lock:
-            self.flush()
+            if self._broken is None and self._db.in_transaction:
+                self.flush()
             self._db.close()
 
     def plan(self, planned: Iterable[Planned], generation: int = 0) -> int:
@@ -154,19 +168,19 @@ class Journal:
         Raises UserError when the generation holds samples that are not in `planned`, or others under their keys:
         a cache only grows.
         """
-        with self._lock, self._db:
-            self._begin()
+        values = [astuple(sample) for sample in planned]
+        with self._writing(patience_s=0.0):
             self._db.execute("CREATE TEMP TABLE wanted AS SELECT * FROM samples LIMIT 0")
-            self._db.executemany(f"INSERT INTO wanted ({PLAN_COLUMNS}) VALUES ({MARKS})", [astuple(s) for s in planned])
-            self._db.execute("CREATE UNIQUE INDEX temp.wanted_keys ON wanted (generation, key)")
-            self._check_only_additions(generation)
-            added = self._db.execute(
-                f"INSERT INTO samples ({PLAN_COLUMNS}, state) SELECT {PLAN_COLUMNS}, 'planned' FROM wanted "
-                "WHERE (generation, key) NOT IN (SELECT generation, key FROM samples) ORDER BY wanted.rowid"
-            ).rowcount
-            self._db.execute("DROP TABLE wanted")
-            self.flush()
-            return added
+            try:
+                self._db.executemany(f"INSERT INTO wanted ({PLAN_COLUMNS}) VALUES ({MARKS})", values)
+                self._db.execute("CREATE UNIQUE INDEX temp.wanted_keys ON wanted (generation, key)")
+                self._check_only_additions(generation)
+                return self._db.execute(
+                    f"INSERT INTO samples ({PLAN_COLUMNS}, state) SELECT {PLAN_COLUMNS}, 'planned' FROM wanted "
+                    "WHERE (generation, key) NOT IN (SELECT generation, key FROM samples) ORDER BY wanted.rowid"
+                ).rowcount
+            finally:
+                self._db.execute("DROP TABLE wanted")
 
     def _check_only_additions(self, generation: int) -> None:
         odd = self._db.execute(
@@ -191,10 +205,8 @@ class Journal:
 
     def set_fact(self, name: str, value: object) -> None:
         """Record something about the whole cache, durably."""
-        with self._lock:
-            self._begin()
+        with self._writing(patience_s=0.0):
             self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
-            self.flush()
 
     # Reading
 

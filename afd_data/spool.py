@@ -10,7 +10,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from afd_data.atomic import atomic_write, fsync_file
+from afd_data.atomic import PART, atomic_write, fsync_file
 from afd_data.errors import UserError
 from afd_data.plan import Planned
 from afd_data.sample import Sample, parse_sample
@@ -67,13 +67,14 @@ class Spool:
     def drop(self, name: tuple[int, str]) -> None:
         """Remove whatever lies here of a sample; name: (generation, key)."""
         generation, key = name
-        for ending in ("part.mp4", "json", "json.part", "mp4"):
+        for ending in ("part.mp4", "json.part", "mp4", "json"):  # the JSON last, so that a crash leaves the name known
             (self.folder / f"g{generation:04d}-{key}.{ending}").unlink(missing_ok=True)
 
     def sweep(self) -> None:
         """Remove what a killed process left half written."""
-        for pattern in ("*.part", "*.part.mp4"):
-            for path in self.folder.glob(pattern):
+        for path in sorted(self.folder.iterdir()):
+            half = path.suffix == ".mp4" and not path.with_suffix(".json").exists()
+            if half or path.suffix == PART:
                 path.unlink()
 
 

@@ -45,7 +45,7 @@ class AdversarialFlowDistillation:
         self.optimizers = {"discriminator": optimizer}
 
     def prepare(self, log: Callable[[int, Metrics], None]) -> None:
-        """Warm the discriminator up on rollouts of the base student, drawn once a prompt (steps -warmup_steps .. -1)."""
+        """Warm the discriminator up on base rollouts, drawn once a prompt (steps -warmup_steps .. -1)."""
         config = self._setup.discriminator
         drawn: dict[str, Tensor] = {}  # prompt id -> [WARMUP_TAKES, F, C, H, W]
         for index in range(config.warmup_steps):

@@ -1,6 +1,7 @@
 """The journal: what is legal, what is durable when, and that a cache only grows."""
 
 import hashlib
+import resource
 import sqlite3
 from dataclasses import replace
 
@@ -153,6 +154,21 @@ def test_a_file_that_is_no_database_is_refused(tmp_path):
 
 def test_every_commit_is_synchronous(journal):
     assert journal.select("PRAGMA synchronous") == [(2,)]  # FULL
+
+
+def test_after_a_failed_write_the_journal_takes_nothing_more(journal, tmp_path):
+    journal.flush()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    largest = max(path.stat().st_size for path in tmp_path.iterdir())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, limits[1]))
+    try:
+        with pytest.raises(sqlite3.OperationalError):
+            journal.set_fact("long", "x" * (largest + 1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.raises(sqlite3.OperationalError):
+        journal.move(1, "intent")
+    assert states(journal) == ["planned", "planned"]
 
 
 # Fingerprints
