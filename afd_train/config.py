@@ -37,12 +37,20 @@ class StudentConfig(Config):
         default="velocity",
         description="what the network's output means; Wan: velocity; small worlds learn `clean` better",
     )
+    coordinates: bool = Field(
+        default=False,
+        description="two more input channels tell a latent pixel its place; small worlds with a floor need it",
+    )
     autoencoder: Literal["pixels"] = Field(default="pixels", description="weight-free space-to-depth of centred pixels")
     pixel_factor: int = Field(default=4, ge=1, le=16, description="pixels a side folded into channels")
     pixel_centre: tuple[int, int, int] = Field(
         default=(128, 128, 128), description="RGB that becomes 0: the background"
     )
-    pixel_scale: float = Field(default=2.0, gt=0, description="latents are this x (pixel - centre) / 127.5")
+    pixel_scale: float = Field(
+        default=5.0,
+        gt=0,
+        description="latents are this x (pixel - centre) / 127.5; mostly empty pictures need more to reach unit variance",
+    )
     text_encoder: Literal["hashed-words"] = Field(default="hashed-words", description="weight-free bag of hashed words")
     text_tokens: int = Field(default=16, ge=1, le=512, description="words of a prompt that are kept")
     text_dim: int = Field(default=64, ge=4)

@@ -87,8 +87,15 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def _truncate(path: Path, step: int | None) -> None:
-    kept = [] if step is None else [row for row in read_metrics(path) if row["step"] < step]
-    path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    """Cut the log off before `step`; what stays is not written anew, so that a kill in between cannot lose it."""
+    kept = 0
+    if step is not None and path.exists():
+        for line in path.read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n") or json.loads(line)["step"] >= step:
+                break
+            kept += len(line)
+    with path.open("ab") as file:
+        file.truncate(kept)
 
 
 def _append(path: Path, row: dict[str, float]) -> None:

@@ -189,7 +189,7 @@ def _starting_student(recipe: Recipe, init: str | None) -> Student:
     if init is None:
         return new_student(recipe.student, recipe.video, recipe.seed)
     opened = open_student(init)
-    shape = {"dim", "heads", "layers", "ffn_dim", "chunk_frames", "prediction", "autoencoder", "pixel_factor",
+    shape = {"dim", "heads", "layers", "ffn_dim", "chunk_frames", "prediction", "coordinates", "autoencoder", "pixel_factor",
              "text_encoder", "text_tokens", "text_dim"}  # fmt: skip
     odd = [key for key in sorted(shape) if getattr(opened.config, key) != getattr(recipe.student, key)]
     if odd:

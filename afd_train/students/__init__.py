@@ -119,7 +119,7 @@ def new_student(config: StudentConfig, video: VideoConfig, seed: int) -> Student
             patch_size=(1, 2, 2),
             num_attention_heads=config.heads,
             attention_head_dim=config.dim // config.heads,
-            in_channels=autoencoder.channels,
+            in_channels=autoencoder.channels + 2 * config.coordinates,
             out_channels=autoencoder.channels,
             text_dim=config.text_dim,
             freq_dim=config.dim,

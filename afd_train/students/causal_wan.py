@@ -91,6 +91,7 @@ class CausalWan(nn.Module):
         self.transformer = transformer
         self.chunk_frames = chunk_frames
         self.prediction: Prediction = prediction
+        self.coordinates = transformer.config["in_channels"] == transformer.config["out_channels"] + 2
         # Lists, and not modules: the parts below share the pass in progress, and the rope belongs to the transformer.
         self._pass: list[Pass] = []
         self._rope = [CausalRope(transformer.config["attention_head_dim"], self._pass)]
@@ -165,6 +166,8 @@ class CausalWan(nn.Module):
         batch, frames = x.shape[:2]
         patch = self.transformer.config["patch_size"]
         cos, sin = self._rope[0].tables(positions, x.shape[3] // patch[1], x.shape[4] // patch[2])
+        if self.coordinates:
+            x = torch.cat([x, _coordinates(x)], 2)
         self._pass.append(Pass(frames, cos, sin, spans, cache, commit))
         try:
             (out,) = self.transformer(
@@ -231,6 +234,17 @@ class ExactTimesteps(nn.Module):
         rates = torch.exp(-math.log(10_000) * torch.arange(half, device=timestep.device).double() / half)
         phase = timestep.double()[:, None] * rates
         return torch.cat([phase.cos(), phase.sin()], 1).float()
+
+
+def _coordinates(x: Tensor) -> Tensor:
+    """Row and column of every latent pixel in [-1, 1]: [B, F, 2, H, W].
+
+    The rotary embedding tells tokens how far apart they are, not where the floor is; a large model infers that from
+    its picture, a small one in a small world does not.
+    """
+    batch, frames, _, height, width = x.shape
+    axes = [torch.linspace(-1, 1, size, device=x.device, dtype=x.dtype) for size in (height, width)]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")).expand(batch, frames, 2, height, width)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
