@@ -42,7 +42,7 @@ def evaluate(recipe) -> None:
     from afd_train.evaluation.evaluate import evaluate
 
     report = evaluate(recipe)
-    click.echo("\n".join(result_lines(report.parent / "results.json")))
+    click.echo("\n".join(result_lines(report.parent / "results.json", recipe.eval.primary_metric)))
     click.echo(f"Report: {report}")
 
 
@@ -72,9 +72,10 @@ def generate(student: str, prompt: str, output: Path, seed: int, chunks: int | N
     click.echo(f"Wrote {output}")
 
 
-def result_lines(results: Path) -> list[str]:
-    """`object_permanence: student 0.91, base 0.80, difference +0.11 [+0.05, +0.17], p 0.002` a comparison."""
-    return [_result_line(row) for row in json.loads(results.read_text())["comparisons"]]
+def result_lines(results: Path, metric: str) -> list[str]:
+    """A line a comparison of one metric; the other metrics are in the report."""
+    rows = json.loads(results.read_text(encoding="utf-8"))["comparisons"]
+    return [_result_line(row) for row in rows if row["metric"] == metric]
 
 
 def _result_line(row: dict) -> str:

@@ -151,8 +151,8 @@ def test_the_module_is_the_command():
 def test_result_lines_name_both_sides_and_the_interval(tmp_path):
     row = {"metric": "perm", "better": "higher", "a": "ema", "b": "base", "n": 64, "mean_a": 0.9, "mean_b": 0.75}
     row |= {"delta": 0.15, "lo": 0.1, "hi": 0.2, "p": 0.001}
-    (tmp_path / "results.json").write_text(json.dumps({"comparisons": [row]}))
-    lines = importlib.import_module("afd_cli.stages").result_lines(tmp_path / "results.json")
+    (tmp_path / "results.json").write_text(json.dumps({"comparisons": [row | {"metric": "other"}, row]}))
+    lines = importlib.import_module("afd_cli.stages").result_lines(tmp_path / "results.json", "perm")
     assert lines == [
         "perm (higher is better): ema 0.900, base 0.750, difference +0.150 [+0.100, +0.200], p 0.001",
     ]
