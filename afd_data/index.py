@@ -66,7 +66,9 @@ def read_index(folder: Path, split: str) -> pyarrow.Table:
     try:
         table = pyarrow.parquet.read_table(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: no index; `afd cache verify` tells whether the cache is complete") from None
+        raise UserError(
+            f"{path}: no index. The same `afd cache-teacher` command makes it again from the tars."
+        ) from None
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read ({error}). Remove it; it is made again from the tars.") from None
     if table.schema != schema():

@@ -49,10 +49,10 @@ def open_journal(folder: Path) -> Journal:
 
 
 def _reason_lines(journal: Journal) -> list[str]:
-    rows = journal.select("SELECT state, key, reason FROM samples WHERE reason != '' ORDER BY state, id")
-    kinds = Counter(f"{state} ({reason.partition(':')[0]})" for state, _, reason in rows)
+    rows = journal.select("SELECT state, key, prompt, reason FROM samples WHERE reason != '' ORDER BY state, id")
+    kinds = Counter(f"{state} ({reason.partition(':')[0]})" for state, _, _, reason in rows)
     lines = [f"{count} x {kind}" for kind, count in kinds.most_common()]
-    lines += [f"  {key}: {reason}" for _, key, reason in rows[:LISTED]]
+    lines += [f"  {key} {prompt[:60]!r}: {reason}" for _, key, prompt, reason in rows[:LISTED]]
     return [*lines, f"  ... and {len(rows) - LISTED} more"] if len(rows) > LISTED else lines
 
 
