@@ -25,7 +25,7 @@ class VideoConfig(Config):
     frames: int = Field(default=12, ge=2, le=4096, description="pixel frames in a clip")
     fps: float = Field(default=8.0, gt=0, le=240, description="frames per second")
     lossless: bool = Field(
-        default=False, description="H.264 yuv444p crf 0; chroma subsampling smears worlds of 16 to 32 pixels"
+        default=False, description="RGB inside H.264, exact; chroma subsampling smears worlds of 16 to 32 pixels"
     )
     crf: int = Field(default=18, ge=0, le=51, description="H.264 quality where not lossless; lower is better")
 

@@ -49,7 +49,7 @@ class StudentConfig(Config):
     pixel_scale: float = Field(
         default=5.0,
         gt=0,
-        description="latents are this x (pixel - centre) / 127.5; mostly empty pictures need more to reach unit variance",
+        description="latents are this x (pixel - centre) / 127.5; should bring them near unit variance",
     )
     text_encoder: Literal["hashed-words"] = Field(default="hashed-words", description="weight-free bag of hashed words")
     text_tokens: int = Field(default=16, ge=1, le=512, description="words of a prompt that are kept")

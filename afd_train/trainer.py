@@ -14,6 +14,7 @@ from the evaluation student of the one before.  The same command again resumes: 
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -38,6 +39,9 @@ from afd_train.validation import Validation
 
 log = logging.getLogger(__name__)
 
+# What a student's weights depend on.
+NETWORK = ("dim", "heads", "layers", "ffn_dim", "chunk_frames", "prediction", "coordinates", "autoencoder",
+           "pixel_factor", "text_encoder", "text_tokens", "text_dim")  # fmt: skip
 # What may change between a run and its resumption without changing what was trained so far.
 FREE_TO_CHANGE = {"steps", "save_every_steps", "keep_checkpoints", "trackers", "seconds"}
 
@@ -85,12 +89,13 @@ class Trainer:
         self.validation = Validation(setup, folder / "validation", exact=recipe.teacher.name == "playground")
         self.alarms = Alarms(config)
         self._identity = _identity(recipe, config)
+        self._seconds = 0.0  # spent in training steps
 
     def run(self) -> None:
         """Go from the last checkpoint, or from nothing, to the last step."""
         step = self._resume()
-        if step == self.config.steps:
-            log.info(f"{self.folder}: all {step} steps are done")
+        if step is not None and self._finished(step):
+            log.info(f"{self.folder}: done, after {step} steps")
             return
         self.accelerator.init_trackers("tensorboard")
         self.runlog = RunLog(self.folder, self.accelerator, step, self.config.steps)
@@ -108,16 +113,25 @@ class Trainer:
         config = self.config
         per_process = config.prompts_per_step // self.accelerator.num_processes
         for step in range(first, config.steps):
+            start = time.perf_counter()
             with self.watch("data"):
                 examples = self.stream.next_batch(per_process)
             metrics = self.objective.step(examples, step)
+            self._seconds += time.perf_counter() - start
             done = step + 1
-            if done % config.validate_every_steps == 0 or done == config.steps:
+            last = self._finished(done)
+            if done % config.validate_every_steps == 0 or last:
                 metrics |= self.validation.run(done)
             self._log(step, metrics)
             self.alarms.check(step, metrics)
-            if done % config.save_every_steps == 0 or done == config.steps:
+            if done % config.save_every_steps == 0 or last:
                 self._save(done)
+            if last:
+                return
+
+    def _finished(self, steps: int) -> bool:
+        limit = self.config.seconds
+        return steps >= self.config.steps or (limit is not None and self._seconds >= limit)
 
     def _log(self, step: int, metrics: Metrics) -> None:
         self.runlog.write(step, metrics, self.watch.read())
@@ -130,6 +144,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             state = {
                 "step": step,
+                "seconds": self._seconds,
                 "stream": self.stream.state_dict(),
                 "held_out": self.held_out.state_dict() if self.held_out else None,
                 "alarms": self.alarms.state_dict(),
@@ -157,6 +172,7 @@ class Trainer:
         if self.held_out:
             self.held_out.load_state_dict(state["held_out"])
         self.alarms.load_state_dict(state["alarms"])
+        self._seconds = state["seconds"]
         if state["step"] > self.config.steps:
             raise UserError(
                 f"{checkpoint} is at step {state['step']}, beyond train.steps={self.config.steps}. "
@@ -189,9 +205,7 @@ def _starting_student(recipe: Recipe, init: str | None) -> Student:
     if init is None:
         return new_student(recipe.student, recipe.video, recipe.seed)
     opened = open_student(init)
-    shape = {"dim", "heads", "layers", "ffn_dim", "chunk_frames", "prediction", "coordinates", "autoencoder", "pixel_factor",
-             "text_encoder", "text_tokens", "text_dim"}  # fmt: skip
-    odd = [key for key in sorted(shape) if getattr(opened.config, key) != getattr(recipe.student, key)]
+    odd = [key for key in NETWORK if getattr(opened.config, key) != getattr(recipe.student, key)]
     if odd:
         key = odd[0]
         raise UserError(

@@ -7,7 +7,7 @@ Every random number of step n follows from (seed, n), so that a resumed run need
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from afd_data.stream import Example, Stream
-from afd_train.config import DiscriminatorConfig, TrainConfig
+from afd_train.config import AfdConfig, DiscriminatorConfig, DistilConfig, FlowMatchingConfig, TrainConfig
 from afd_train.policies import Trainee
 from afd_train.runlog import Stopwatch
 from afd_train.students import Student
@@ -54,8 +54,15 @@ class Setup:
 class Objective(Protocol):
     """One way to train a student."""
 
-    modules: dict[str, nn.Module]  # networks of its own that learn or move: kept in checkpoints
-    optimizers: dict[str, torch.optim.Optimizer]
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Networks of its own, kept in checkpoints beside the student."""
+        ...
+
+    @property
+    def optimizers(self) -> Mapping[str, torch.optim.Optimizer]:
+        """Optimisers of its own."""
+        ...
 
     def prepare(self, log: Callable[[int, Metrics], None]) -> None:
         """Runs once, before step 0 and not on a resumed run (a discriminator's warm-up)."""
@@ -68,16 +75,16 @@ class Objective(Protocol):
 
 def open_objective(setup: Setup) -> Objective:
     """The objective that the recipe names."""
-    match setup.config.objective.name:
-        case "afd":
+    match setup.config.objective:
+        case AfdConfig() as config:
             from afd_train.objectives.afd import AdversarialFlowDistillation
 
-            return AdversarialFlowDistillation(setup, setup.config.objective)
-        case "distil":
+            return AdversarialFlowDistillation(setup, config)
+        case DistilConfig() as config:
             from afd_train.objectives.distil import Distillation
 
-            return Distillation(setup, setup.config.objective)
-        case "flow-matching":
+            return Distillation(setup, config)
+        case FlowMatchingConfig():
             from afd_train.objectives.flow_matching import FlowMatching
 
             return FlowMatching(setup)

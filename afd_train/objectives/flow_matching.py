@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from afd_data.stream import Example
 from afd_train.flow import noised, velocity
@@ -21,8 +21,8 @@ class FlowMatching:
 
     def __init__(self, setup: Setup):
         self._setup = setup
-        self.modules = {}
-        self.optimizers = {}
+        self.modules: dict[str, nn.Module] = {}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
 
     def prepare(self, log: Callable[[int, Metrics], None]) -> None:
         """Nothing to prepare."""
