@@ -108,6 +108,9 @@ class Trainer:
             self._loop(step)
         finally:
             self.runlog.close()
+            self.stream.close()
+            if self.held_out:
+                self.held_out.close()
 
     def _loop(self, first: int) -> None:
         config = self.config
@@ -150,10 +153,11 @@ class Trainer:
                 "alarms": self.alarms.state_dict(),
                 "identity": self._identity,
             }
-            save_checkpoint(self.folder / "checkpoints" / f"step-{step:06d}", self._parts(), state)
-            prune_checkpoints(self.folder / "checkpoints", self.config.keep_checkpoints)
+            # Students first: a finished run's checkpoint promises that they are there.
             self._export("student")
             self._export("ema")
+            save_checkpoint(self.folder / "checkpoints" / f"step-{step:06d}", self._parts(), state)
+            prune_checkpoints(self.folder / "checkpoints", self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
     def _export(self, name: str) -> None:
