@@ -141,8 +141,10 @@ class CausalWan(nn.Module):
 
     @torch.no_grad()
     def remember(self, clean: Tensor, text: Tensor, cache: KVCache) -> KVCache:
-        """Append clean frames (any number of chunks) to `cache` and return it."""
+        """Append clean frames (any number of chunks, none included) to `cache` and return it."""
         before, frames = cache.frames, clean.shape[1]
+        if frames == 0:
+            return cache
         positions = torch.arange(before, before + frames, device=clean.device)
         spans = tuple(
             Span((i, i + self.chunk_frames), ((0, before + i + self.chunk_frames),))
