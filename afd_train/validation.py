@@ -25,7 +25,7 @@ class Validation:
         self._setup = setup
         self._folder = folder
         self._exact = exact
-        self._prompts = _prompts(setup.held_out or setup.stream, setup.config.validation_prompts)
+        self._prompts = prompts_of(setup.held_out or setup.stream)[: setup.config.validation_prompts]
 
     def run(self, step: int) -> Metrics:
         """Write the strip of `step` and return means over the clips, as `validation/...`."""
@@ -55,7 +55,7 @@ class Validation:
         write_mp4(self._folder / f"step-{step:06d}.mp4", strip, config)
 
 
-def _prompts(stream: Stream, count: int) -> list[tuple[str, str]]:
-    """(id, text) of the first prompts by id."""
+def prompts_of(stream: Stream) -> list[tuple[str, str]]:
+    """(id, text) of all prompts of a split, by id."""
     first = {stream.places[key].prompt_id: key for key in reversed(stream.keys)}
-    return [(prompt_id, stream.example(first[prompt_id]).prompt) for prompt_id in sorted(first)[:count]]
+    return [(prompt_id, stream.example(first[prompt_id]).prompt) for prompt_id in sorted(first)]
