@@ -20,11 +20,13 @@ from afd_train.students.causal_wan import CausalWan, KVCache
 class Rollout:
     """Student clips and what an update needs of how they came about.
 
-    clips: [B, F, C, H, W]; cache: keys and values of all clean chunks but the last (nothing follows that one).
+    clips: [B, F, C, H, W]; cache: keys and values of all clean chunks but the last (nothing follows that one);
+    visited: what the network saw at each step of the sampler, [steps, B, F, C, H, W].
     """
 
     clips: Tensor
     cache: KVCache
+    visited: Tensor
 
 
 def clip_generator(prompt_id: str, seed: int, take: int) -> torch.Generator:
@@ -50,8 +52,8 @@ class NoiseSource:
 @torch.no_grad()
 def rollout_chunks(
     net: CausalWan, text: Tensor, noise: NoiseSource, times: Sequence[float], chunks: int, cache: KVCache
-) -> Iterator[Tensor]:
-    """Yield finished chunks [B, chunk, C, H, W], each as soon as it is there.
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield finished chunks [B, chunk, C, H, W], each as soon as it is there, with what was visited on the way.
 
     A chunk starts as noise; at every time of `times` (falling, in (0, 1]) the network's clean estimate is taken and,
     but for the last, noised again to the next time with fresh noise.
@@ -59,18 +61,20 @@ def rollout_chunks(
     for index in range(chunks):
         x = noise()
         clean = x
+        visited = []
         for now, after in zip(times, [*times[1:], None], strict=True):
+            visited.append(x)
             t = torch.full(x.shape[:2], now, device=x.device)
             clean = clean_from_velocity(x, net.chunk(x, t, text, cache), t)
             if after is not None:
                 x = noised(clean, noise(), torch.full_like(t, after))
         if index + 1 < chunks:
             net.remember(clean, text, cache)
-        yield clean
+        yield clean, torch.stack(visited)
 
 
 def rollout(net: CausalWan, text: Tensor, noise: NoiseSource, times: Sequence[float], chunks: int) -> Rollout:
     """All chunks of a batch of clips; text: [B, L, D]."""
     cache = KVCache()
-    clips = torch.cat(list(rollout_chunks(net, text, noise, times, chunks, cache)), 1)
-    return Rollout(clips, cache)
+    clips, visited = zip(*rollout_chunks(net, text, noise, times, chunks, cache), strict=True)
+    return Rollout(torch.cat(clips, 1), cache, torch.cat(visited, 2))

@@ -1,8 +1,8 @@
 """Few-step distillation on the student's own rollouts: distribution matching, as Self-Forcing does it.
 
 real = the frozen student this phase starts from (a flow-matching model, so its clean estimates follow the data),
-fake = the same network trained online on the student's rollouts.  At a random step of the sampler the student's
-clean estimates, on the clean context of its own rollout, move along real - fake.
+fake = the same network trained online on the student's rollouts.  The rollout is left at a random step of
+the sampler: there, on the clean context of its own chunks, the student's estimates move along real - fake.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from afd_train.losses import distribution_matching_loss
 from afd_train.objectives import Metrics, Setup
 from afd_train.objectives.flow_matching import chunk_times, teacher_forced_loss
 from afd_train.policies import descend, frozen_copy
+from afd_train.rollout import Rollout
 from afd_train.students import Clip
 from afd_train.students.causal_wan import CausalWan, KVCache
 
@@ -45,36 +46,34 @@ class Distillation:
         text = setup.student.encode_text([text for _, text in prompts])
         fake_loss = 0.0
         for index in range(self._config.fake_updates):
-            clips = self._rollout(prompts, text, step, take=1 + index)
+            clips = self._rollout(prompts, text, step, take=1 + index).clips
             with setup.watch("fake"):
                 loss = teacher_forced_loss(self._fake, clips, text, setup.generator(step, f"fake {index}"))
                 descend(setup.accelerator, self.optimizers["fake"], loss, setup.config.max_grad_norm)
                 fake_loss = float(loss.detach())
-        clips = self._rollout(prompts, text, step, take=0)
+        rollouts = self._rollout(prompts, text, step, take=0)
         with setup.watch("update"):
-            loss = self._loss(clips, text, setup.generator(step, "distil"))
+            loss = self._loss(rollouts, text, setup.generator(step, "distil"))
             norm = setup.trainee.update(loss, step)
         return {"student/loss": float(loss.detach()), "student/grad_norm": norm, "fake/loss": fake_loss}
 
-    def _rollout(self, prompts: list[tuple[str, str]], text: Tensor, step: int, take: int) -> Tensor:
+    def _rollout(self, prompts: list[tuple[str, str]], text: Tensor, step: int, take: int) -> Rollout:
         with self._setup.watch("rollout"):
             clips = [Clip(key, prompt, self._setup.seed + step, take) for key, prompt in prompts]
-            return self._setup.student.rollout(clips, text).clips
+            return self._setup.student.rollout(clips, text)
 
-    def _loss(self, rollouts: Tensor, text: Tensor, generator: torch.Generator) -> Tensor:
+    def _loss(self, rollouts: Rollout, text: Tensor, generator: torch.Generator) -> Tensor:
         times = self._setup.student.times
-        exit_time = times[int(torch.randint(len(times), (), generator=generator))]
-        t = torch.full(rollouts.shape[:2], exit_time, device=rollouts.device)
-        noise = torch.randn(rollouts.shape, generator=generator).to(rollouts.device)
-        noisy = noised(rollouts, noise, t)
-        net = self._setup.trainee.net
-        v = net.chunks(noisy, t, text, net.remember(rollouts, text, KVCache()))
+        leave = int(torch.randint(len(times), (), generator=generator))
+        noisy = rollouts.visited[leave]
+        t = torch.full(noisy.shape[:2], times[leave], device=noisy.device)
+        v = self._setup.trainee.net.chunks(noisy, t, text, rollouts.cache)
         clean = clean_from_velocity(noisy, v, t)
         with torch.no_grad():
-            t = chunk_times(len(clean), clean.shape[1], net.chunk_frames, generator).to(clean.device)
+            t = chunk_times(len(clean), clean.shape[1], self._real.chunk_frames, generator).to(clean.device)
             noisy = noised(clean, torch.randn(clean.shape, generator=generator).to(clean.device), t)
-            real = self._estimate(self._real, noisy, t, text, rollouts)
-            fake = self._estimate(self._fake, noisy, t, text, rollouts)
+            real = self._estimate(self._real, noisy, t, text, rollouts.clips)
+            fake = self._estimate(self._fake, noisy, t, text, rollouts.clips)
         return distribution_matching_loss(clean, real, fake)
 
     @staticmethod

@@ -106,7 +106,7 @@ class Student:
         """One video as it comes: uint8 [chunk, H, W, 3] after [chunk, H, W, 3]; may be longer than a clip."""
         text = self.encode_text([clip.prompt])
         count = self.chunks if chunks is None else chunks
-        for latents in rollout_chunks(self.net, text, self.noise([clip]), self.times, count, KVCache()):
+        for latents, _ in rollout_chunks(self.net, text, self.noise([clip]), self.times, count, KVCache()):
             yield self.autoencoder.decode(latents)[0].cpu().numpy()
 
 
