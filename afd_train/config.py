@@ -160,9 +160,9 @@ class TrainConfig(Config):
         default=10.0, gt=0, description="stop when the discriminator's mean margin (teacher - student) exceeds this"
     )
     stop_reference_distance: float = Field(
-        default=5.0,
+        default=1.0,
         gt=0,
-        description="stop when the student is this far from its reference (relative velocity error)",
+        description="stop when the student is this far from its reference (|v - v_ref|^2 / |v_ref|^2)",
     )
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
 
@@ -180,7 +180,7 @@ class EvalConfig(Config):
     prompts: int | None = Field(default=None, ge=1, description="use only this many prompts of the split")
     clips_per_prompt: int = Field(default=4, ge=1)
     seed: int = Field(default=1000, ge=0, description="noise of the generated videos; the same for every policy")
-    policies: tuple[Literal["base", "student", "ema"], ...] = ("base", "student", "ema")
+    policies: tuple[Literal["base", "student", "ema"], ...] = Field(default=("base", "student", "ema"), min_length=1)
     primary_metric: str = Field(default="object_permanence", description="the metric the report leads with")
     gallery_rows: int = Field(default=8, ge=0, description="rows of teacher | base | student videos in the report")
     resamples: int = Field(default=10_000, ge=100, description="bootstrap resamples")
