@@ -17,6 +17,9 @@ import numpy as np
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
 from torch import Tensor
 
 from afd_data.config import Config, VideoConfig
@@ -29,6 +32,7 @@ from afd_train.students.causal_wan import CausalWan, KVCache
 from afd_train.students.text import HashedWords
 
 FORMAT = 1
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 class StudentFile(Config):
@@ -135,8 +139,11 @@ def save_student(student: Student, folder: Path, dtype: torch.dtype | None = Non
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     transformer = student.net.transformer
-    state = {name: value.to(dtype or value.dtype) for name, value in transformer.state_dict().items()}
-    transformer.save_pretrained(part / "transformer", state_dict=state)
+    state = {
+        name: value.to("cpu", dtype or value.dtype).contiguous() for name, value in transformer.state_dict().items()
+    }
+    transformer.save_config(part / "transformer")
+    (part / "transformer" / WEIGHTS).write_bytes(serialise(state, metadata={"format": "pt"}))
     about = StudentFile(student=student.config, video=student.video)
     (part / "student.json").write_text(about.model_dump_json(indent=1))
     shutil.rmtree(folder, ignore_errors=True)
@@ -184,10 +191,7 @@ def _read_about(folder: Path) -> StudentFile:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = folder / "diffusion_pytorch_model.safetensors"
+    path = folder / WEIGHTS
     try:
         return load_file(path)
     except FileNotFoundError:
