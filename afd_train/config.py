@@ -72,12 +72,13 @@ class DiscriminatorConfig(Config):
     name: Literal["spacetime"] = "spacetime"
     dim: int = Field(default=96, ge=8)
     heads: int = Field(default=4, ge=1)
-    layers: int = Field(default=3, ge=1)
-    patch: int = Field(default=2, ge=1, description="latent pixels a side of a token")
+    layers: int = Field(default=2, ge=1)
+    patch: int = Field(default=1, ge=1, description="latent pixels a side of a token")
+    tubelet_frames: int = Field(default=2, ge=1, description="latent frames of a token")
     learning_rate: float = Field(default=1e-4, gt=0, description="while the student trains")
     weight_decay: float = Field(default=1e-2, ge=0)
     input_noise: float = Field(
-        default=2.0, ge=0, description="standard deviation of noise added to its input while it trains"
+        default=0.8, ge=0, description="standard deviation of noise added to its input while it trains"
     )
     warmup_steps: int = Field(default=100, ge=0, description="updates on cached base rollouts before the student moves")
     warmup_learning_rate: float = Field(default=1e-3, gt=0)
@@ -203,6 +204,17 @@ class Recipe(DataConfig):
             raise ValueError(
                 f"video.frames: {self.video.frames} is not divisible by student.chunk_frames "
                 f"{self.student.chunk_frames}"
+            )
+        if self.video.frames % self.discriminator.tubelet_frames:
+            raise ValueError(
+                f"discriminator.tubelet_frames: {self.discriminator.tubelet_frames} does not divide video.frames "
+                f"{self.video.frames}"
+            )
+        patch = self.student.pixel_factor * self.discriminator.patch
+        if self.video.width % patch or self.video.height % patch:
+            raise ValueError(
+                f"discriminator.patch: {self.discriminator.patch} x student.pixel_factor {self.student.pixel_factor} "
+                f"does not divide {self.video.width} x {self.video.height} pixels"
             )
         cell = 2 * self.student.pixel_factor
         if self.video.width % cell or self.video.height % cell:

@@ -29,11 +29,11 @@ class SpaceTime(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.patch = config.patch
+            self.patch, self.tubelet = config.patch, config.tubelet_frames
             rows, columns = height // config.patch, width // config.patch
-            self.embed = nn.Linear(channels * config.patch**2, config.dim)
+            self.embed = nn.Linear(channels * config.patch**2 * config.tubelet_frames, config.dim)
             self.embed_text = nn.Linear(text_dim, config.dim)
-            self.time = nn.Parameter(0.02 * torch.randn(frames, 1, 1, config.dim))
+            self.time = nn.Parameter(0.02 * torch.randn(frames // config.tubelet_frames, 1, 1, config.dim))
             self.place = nn.Parameter(0.02 * torch.randn(1, rows, columns, config.dim))
             self.readout = nn.Parameter(0.02 * torch.randn(1, 1, config.dim))
             layer = nn.TransformerEncoderLayer(
@@ -57,7 +57,8 @@ class SpaceTime(nn.Module):
 
     def forward(self, clips: Tensor, text: Tensor) -> Tensor:
         """[B, F, C, h, w], [B, L, D] -> [B]."""
-        patches = rearrange(clips, "b f c (h p) (w q) -> b f h w (c p q)", p=self.patch, q=self.patch)
+        sizes = {"p": self.patch, "q": self.patch, "r": self.tubelet}
+        patches = rearrange(clips, "b (f r) c (h p) (w q) -> b f h w (r c p q)", **sizes)
         tokens = (self.embed(patches) + self.time + self.place).flatten(1, 3)
         readout = self.readout.expand(len(clips), -1, -1)
         seen = self.blocks(torch.cat([readout, tokens, self.embed_text(text)], 1))

@@ -316,7 +316,8 @@ class CrossAttention:
         batch = text.shape[0]
         query = _heads(attn.norm_q(attn.to_q(hidden_states)), attn, batch)
         cache = self._pass[0].cache
-        if cache is not None and self.layer in cache.text:
+        # What is cached carries no gradient: right for the context of an update, wrong for how it reads its prompt.
+        if cache is not None and self.layer in cache.text and not torch.is_grad_enabled():
             key, value = cache.text[self.layer]
         else:
             key = _heads(attn.norm_k(attn.to_k(text)), attn, batch)
