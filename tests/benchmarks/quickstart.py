@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 RECIPE = "quickstart"
@@ -34,9 +35,11 @@ def main() -> None:
     options = _options()
     out = Path(options.out)
     _afd("cache-teacher", out / "data", {}, options.threads)
+    rows = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        results = list(pool.map(lambda seed: _seed(seed, out, options), options.seeds))
-    rows = [row for group in results for row in group]
+        for method in options.methods:  # sft last: it gets the seconds that afd took
+            for found in pool.map(partial(_run, method, out=out, options=options), options.seeds):
+                rows += found
     (out / "results.json").write_text(json.dumps(rows, indent=1))
     print(table(rows))
 
@@ -53,26 +56,21 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _seed(seed: int, out: Path, options: argparse.Namespace) -> list[dict]:
-    """All methods of one seed; sft last, for it gets the seconds that afd took."""
+def _run(method: str, seed: int, out: Path, options: argparse.Namespace) -> list[dict]:
+    """Train and measure one method with one seed."""
+    folder = out / f"{method}-{seed}"
     changes = dict(item.split("=", 1) for item in options.set)
+    match method:
+        case "shuffled":
+            changes |= {"train.objective.shuffled_advantages": "true"}
+        case "sft":
+            changes = SFT | {"train.seconds": f"{_training_seconds(out / f'afd-{seed}'):.1f}"}
     common = {"seed": str(seed), "stream.folder": str(out / "data" / "cache")}
-    rows = []
-    for method in options.methods:
-        folder = out / f"{method}-{seed}"
-        match method:
-            case "afd":
-                settings = changes
-            case "shuffled":
-                settings = changes | {"train.objective.shuffled_advantages": "true"}
-            case _:
-                settings = SFT | {"train.seconds": f"{_training_seconds(out / f'afd-{seed}'):.1f}"}
-        _afd("train", folder, common | settings, options.threads)
-        measured = folder / f"{options.split}.json"
-        if not measured.exists():
-            measured.write_text(json.dumps(_measure(folder, out / "data", options.split)))
-        rows += [{"method": method, "seed": seed, **row} for row in json.loads(measured.read_text())]
-    return rows
+    _afd("train", folder, common | changes, options.threads)
+    measured = folder / f"{options.split}.json"
+    if not measured.exists():
+        measured.write_text(json.dumps(_measure(folder, out / "data", options.split)))
+    return [{"method": method, "seed": seed, **row} for row in json.loads(measured.read_text())]
 
 
 def _afd(command: str, folder: Path, settings: dict[str, str], threads: int) -> None:
