@@ -43,7 +43,15 @@ log = logging.getLogger(__name__)
 NETWORK = ("dim", "heads", "layers", "ffn_dim", "chunk_frames", "prediction", "coordinates", "autoencoder",
            "pixel_factor", "text_encoder", "text_tokens", "text_dim")  # fmt: skip
 # What may change between a run and its resumption without changing what was trained so far.
-FREE_TO_CHANGE = {"steps", "save_every_steps", "keep_checkpoints", "trackers", "seconds"}
+FREE_TO_CHANGE = {
+    "steps",
+    "seconds",
+    "save_every_steps",
+    "keep_checkpoints",
+    "trackers",
+    "stop_margin",
+    "stop_reference_distance",
+}
 
 
 def train(recipe: Recipe) -> Path:
