@@ -50,6 +50,15 @@ def test_the_cache_holds_every_chunk_but_the_last(student):
         assert_close(drawn.cache.keys[layer], keys, rtol=0, atol=1e-5)
 
 
+def test_what_was_visited_at_the_last_step_leads_to_the_clip(student):
+    drawn = student.rollout(CLIPS)
+    assert drawn.visited.shape == (len(student.times), 6, 6, 48, 4, 4)
+    text, t = student.encode_text([clip.prompt for clip in CLIPS]), torch.full((6, 6), student.times[-1])
+    with torch.no_grad():
+        v = student.net.chunks(drawn.visited[-1], t, text, drawn.cache)
+    assert_close(clean_from_velocity(drawn.visited[-1], v, t), drawn.clips, rtol=0, atol=1e-5)
+
+
 def test_a_clip_does_not_depend_on_the_batch_it_is_drawn_in(student):
     whole = student.rollout(CLIPS).clips
     alone = torch.cat([student.rollout([clip]).clips for clip in CLIPS])
