@@ -92,7 +92,8 @@ class Mp4Writer:
     def _add_stream(self, height: int, width: int) -> VideoStream:
         lossless = self._video.lossless
         codec, pixels = ("libx264rgb", "rgb24") if lossless else ("libx264", "yuv420p")
-        options = {"crf": str(0 if lossless else self._video.crf)}
+        # Macroblock trees are not deterministic: the same frames give one of several files, in the same process even.
+        options = {"crf": str(0 if lossless else self._video.crf), "x264-params": "mbtree=0"}
         stream = self._container.add_stream(codec, rate=self._rate, options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, pixels
         context = stream.codec_context
