@@ -65,7 +65,9 @@ class AdversarialFlowDistillation:
         takes = self._setup.config.rollouts_per_prompt
         rollouts = self._rollout(examples, step, takes)
         metrics = self._update_discriminator(examples, rollouts.clips, step, self._setup.discriminator.learning_rate)
-        advantages = self._advantages(examples, rollouts.clips, step)
+        scores = self._clean_scores(examples, rollouts.clips)
+        metrics["advantage/spread"] = float(scores.std(1).mean())
+        advantages = self._advantages(scores, step)
         metrics |= self._update_student(examples, rollouts, advantages, step)
         ema_update(self._old, self._setup.trainee.net, self._config.old_policy_decay)
         return metrics | self._held_out(step)
@@ -113,11 +115,14 @@ class AdversarialFlowDistillation:
         return scores[: len(examples)].repeat_interleave(takes), scores[len(examples) :]
 
     @torch.no_grad()
-    def _advantages(self, examples: Sequence[Example], rollouts: Tensor, step: int) -> Tensor:
-        """Eq. 2, from the updated discriminator without input noise: [P, K]."""
+    def _clean_scores(self, examples: Sequence[Example], rollouts: Tensor) -> Tensor:
+        """The updated discriminator's scores of the rollouts, without input noise: [P, K]."""
         with self._setup.watch("discriminator"):
-            _, scores = self._scores(examples, rollouts, noise=None)
-        advantages = group_advantages(scores.unflatten(0, (len(examples), -1)))
+            return self._scores(examples, rollouts, noise=None)[1].unflatten(0, (len(examples), -1))
+
+    def _advantages(self, scores: Tensor, step: int) -> Tensor:
+        """Eq. 2: [P, K] -> [P, K]."""
+        advantages = group_advantages(scores)
         if self._config.shuffled_advantages:
             return shuffled(advantages, self._setup.generator(step, "shuffle"))
         return advantages
@@ -144,7 +149,6 @@ class AdversarialFlowDistillation:
             "student/grad_norm": norm,
             "student/old_policy_deviation": float(per_clip_mse(v.detach(), v_old).mean()),
             "student/reference_distance": float(prior.detach() / v_reference.square().mean()),
-            "advantage/spread": float(advantages.std(1).mean()),
             **{
                 f"weight/{low:.1f}_to_{high:.1f}": float(share)
                 for low, high, share in zip(HISTOGRAM, HISTOGRAM[1:], bins, strict=False)
