@@ -39,7 +39,7 @@ class Alarms:
             if not math.isfinite(value):
                 raise DivergedError(
                     f"step {step}: {key} is {value}. The last checkpoint is intact. Lower train.learning_rate or "
-                    "train.max_grad_norm and run the same command with another `--set out=FOLDER`."
+                    "train.max_grad_norm and run again with another `--set out=FOLDER --set stream.folder=THIS/cache`."
                 )
         self._seen += 1
         for key, (limit, diagnosis) in self._limits.items():

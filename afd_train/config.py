@@ -123,7 +123,7 @@ class AfdConfig(Config):
     )
     advantage_clip: float = Field(default=5.0, gt=0, description="in global standard deviations")
     shuffled_advantages: bool = Field(
-        default=False, description="control: give every rollout another rollout's advantage"
+        default=False, description="control: shuffle the advantages within each prompt's group"
     )
 
 

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
+from afd_data.atomic import one_writer
 from afd_data.errors import UserError
 from afd_data.stream import Stream
 from afd_train.alarms import Alarms
@@ -60,12 +62,15 @@ def train(recipe: Recipe) -> Path:
     Raises UserError: no cache, a checkpoint of another recipe, or a run that went wrong (with its diagnosis).
     """
     folder = train_folder(recipe)
-    start = recipe.student.init
-    for index, config in enumerate(recipe.pretrain):
-        phase = folder / f"pretrain-{index}"
-        Trainer(recipe, config, phase, start).run()
-        start = str(phase / "students" / "ema")
-    Trainer(recipe, recipe.train, folder, start).run()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = one_writer(folder / ".lock", str(folder)) if PartialState().is_main_process else nullcontext()
+    with lock:
+        start = recipe.student.init
+        for index, config in enumerate(recipe.pretrain):
+            phase = folder / f"pretrain-{index}"
+            Trainer(recipe, config, phase, start).run()
+            start = str(phase / "students" / "ema")
+        Trainer(recipe, recipe.train, folder, start).run()
     return folder
 
 
@@ -76,6 +81,11 @@ class Trainer:
         self.config = config
         self.folder = folder
         self.accelerator = Accelerator(log_with=list(config.trackers), project_dir=folder)
+        if config.prompts_per_step % self.accelerator.num_processes:
+            raise UserError(
+                f"train.prompts_per_step: {config.prompts_per_step} prompts cannot be split over "
+                f"{self.accelerator.num_processes} processes; choose a multiple."
+            )
         self.student = _starting_student(recipe, init)
         self.student.net.to(self.accelerator.device)
         self.trainee = Trainee(self.student.net, config, self.accelerator)
@@ -238,4 +248,8 @@ def _identity(recipe: Recipe, config: TrainConfig) -> dict:
     sections = {"student": recipe.student, "discriminator": recipe.discriminator, "video": recipe.video}
     identity = {name: section.model_dump(mode="json") for name, section in sections.items()}
     settings = config.model_dump(mode="json", exclude=FREE_TO_CHANGE)
-    return identity | {f"train.{key}": value for key, value in settings.items()} | {"seed": recipe.seed}
+    return (
+        identity
+        | {f"train.{key}": value for key, value in settings.items()}
+        | {"seed": recipe.seed, "held out": recipe.prompts.validation > 0}
+    )

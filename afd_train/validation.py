@@ -15,6 +15,7 @@ from afd_train.students import Student
 NOISE_SEED = 2**30  # of validation; far from the seeds of training steps
 STRIP_CLIPS = 8
 STRIP_PIXELS = 96  # side to which small clips are enlarged
+STRIP_WIDTH = 2048  # a strip of large clips holds fewer of them
 
 
 class Validation:
@@ -48,7 +49,8 @@ class Validation:
     def _write_strip(self, videos: np.ndarray, step: int, fps: float) -> None:
         """Clips side by side, enlarged to be visible: uint8 [N, F, H, W, 3] -> one mp4."""
         factor = max(1, STRIP_PIXELS // videos.shape[2])
-        large = videos.repeat(factor, 2).repeat(factor, 3)
+        fitting = max(1, STRIP_WIDTH // (factor * videos.shape[3]))
+        large = videos[:fitting].repeat(factor, 2).repeat(factor, 3)
         strip = np.concatenate(list(large), axis=2)
         self._folder.mkdir(parents=True, exist_ok=True)
         config = VideoConfig(width=strip.shape[2], height=strip.shape[1], frames=len(strip), fps=fps)

@@ -44,6 +44,10 @@ class Setup:
         videos = torch.from_numpy(np.stack([example.video for example in examples]))
         return self.student.autoencoder.encode(videos.to(self.student.device))
 
+    def rollout_seed(self, step: int) -> int:
+        """The seed of a step's rollouts: no two steps of any two small seeds share it."""
+        return self.seed * 1_000_003 + step
+
     def generator(self, step: int, purpose: str) -> torch.Generator:
         """Randomness of a step, for one purpose, on this process."""
         where = f"{self.seed}/{step}/{purpose}/{self.accelerator.process_index}"

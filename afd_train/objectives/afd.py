@@ -75,7 +75,7 @@ class AdversarialFlowDistillation:
     def _rollout(self, examples: Sequence[Example], step: int, takes: int) -> Rollout:
         """`takes` rollouts of every prompt, a prompt's next to each other."""
         with self._setup.watch("rollout"):
-            seed = self._setup.seed * 1_000_003 + step
+            seed = self._setup.rollout_seed(step)
             clips = [Clip(e.prompt_id, e.prompt, seed, take) for e in examples for take in range(takes)]
             return self._setup.student.rollout(clips)
 

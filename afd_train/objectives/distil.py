@@ -59,7 +59,7 @@ class Distillation:
 
     def _rollout(self, prompts: list[tuple[str, str]], text: Tensor, step: int, take: int) -> Rollout:
         with self._setup.watch("rollout"):
-            clips = [Clip(key, prompt, self._setup.seed + step, take) for key, prompt in prompts]
+            clips = [Clip(key, prompt, self._setup.rollout_seed(step), take) for key, prompt in prompts]
             return self._setup.student.rollout(clips, text)
 
     def _loss(self, rollouts: Rollout, text: Tensor, generator: torch.Generator) -> Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from afd_data.atomic import one_writer
 from afd_data.config import PromptsConfig, StreamConfig
 from afd_data.errors import UserError
 from afd_data.video import probe
@@ -44,7 +45,7 @@ def files(folder: Path) -> dict[str, bytes]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if not path.is_file() or "tensorboard" in name or name.endswith("timings.jsonl"):
+        if not path.is_file() or path.name == ".lock" or "tensorboard" in name or name.endswith("timings.jsonl"):
             continue
         content = path.read_bytes()
         if path.name == "state.json":
@@ -123,9 +124,19 @@ def test_the_clock_is_kept_out_of_the_metrics(unbroken):
 
 def test_the_same_command_again_changes_nothing(copy):
     folder = train_folder(copy)
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+    def times() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
+
+    before = times()
     train(copy)
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert times() == before
+
+
+def test_two_trainings_in_one_folder_are_refused(copy):
+    folder = train_folder(copy)
+    with one_writer(folder / ".lock", "this test"), pytest.raises(UserError, match="another afd process"):
+        train(copy)
 
 
 def forget_after(phase: Path, step: int) -> None:

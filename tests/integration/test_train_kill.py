@@ -75,7 +75,7 @@ def files(folder: Path) -> dict[str, bytes]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.is_file() and "tensorboard" not in name and not name.endswith("timings.jsonl"):
+        if path.is_file() and path.name != ".lock" and "tensorboard" not in name and not name.endswith("timings.jsonl"):
             found[name] = re.sub(rb'"seconds": [0-9.e-]+', b'"seconds": 0', path.read_bytes())
     return found
 
