@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from afd_data.asking import Asker
 from afd_data.atomic import NO_ROOM, one_writer
 from afd_data.card import write_card
@@ -26,6 +24,7 @@ from afd_data.errors import UserError
 from afd_data.index import update_index
 from afd_data.journal import Journal, Row
 from afd_data.plan import plan_samples, recipe_facts
+from afd_data.progress import progress_bar
 from afd_data.prompts import Prompt
 from afd_data.sealing import Sealer
 from afd_data.spool import Spool
@@ -139,7 +138,7 @@ def _recover_requests(journal: Journal, spool: Spool, paid: bool) -> None:
 def _ask_all(asker: Asker, journal: Journal, sealer: Sealer, workers: int, progress: bool) -> None:
     rows = journal.rows(states=("planned", "submitted", "running", "ready"))
     total = sum(journal.counts().get(state, 0) for state in ("planned", "submitted", "running", "ready"))
-    bar = tqdm(total=total, unit="video", desc="cache-teacher", disable=not progress, smoothing=0.05)
+    bar = progress_bar(total, "video", "cache-teacher", disable=not progress, smoothing=0.05)
     with bar, _stop_on_interrupt(asker.stop, bar.write), ThreadPoolExecutor(workers, "teacher") as pool:
         in_flight: set[Future] = set()
         try:

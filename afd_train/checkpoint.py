@@ -6,7 +6,6 @@ streams' positions, the optimisers' settings and the sha256 of every file.  A fo
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from afd_data.atomic import fsync_file, fsync_folder
 from afd_data.errors import UserError
+from afd_data.shards import file_sha256
 
 FORMAT = 1
 
@@ -46,7 +46,7 @@ def save_checkpoint(folder: Path, parts: Parts, state: dict[str, Any]) -> None:
         files[f"{name}.optimizer"], groups[name] = _optimizer_tensors(optimizer)
     for name, tensors in files.items():
         save_file(tensors, part / f"{name}.safetensors")
-    digests = {path.name: sha256_file(path) for path in sorted(part.iterdir())}
+    digests = {path.name: file_sha256(path) for path in sorted(part.iterdir())}
     about = {"format": FORMAT, **state, "optimizers": groups, "sha256": digests}
     (part / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
     for path in part.iterdir():
@@ -69,7 +69,7 @@ def load_state(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: checkpoint format {version}, this afd reads {FORMAT}. {advice}")
     for name, digest in digests.items():
         path = folder / Path(name).name
-        if not path.is_file() or sha256_file(path) != digest:
+        if not path.is_file() or file_sha256(path) != digest:
             raise UserError(f"{path}: missing, or its sha256 is not the one in state.json. {advice}")
     return state
 
@@ -135,9 +135,3 @@ def _restore_optimizer(
         index, name = key.split(".", 1)
         entries.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": entries, "param_groups": groups})
-
-
-def sha256_file(path: Path) -> str:
-    """Hex digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,10 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from afd_data.atomic import atomic_write, one_writer
 from afd_data.errors import UserError
+from afd_data.progress import progress_bar
 from afd_train.config import EvalConfig, Recipe
 from afd_train.evaluation import clips as videos
 from afd_train.evaluation import distribution, measure, provenance, report
@@ -89,7 +88,7 @@ def _generated(recipe: Recipe, students: Mapping[str, Path], teacher: Sequence[C
     found: list[Clip] = []
     for policy, folder in students.items():
         target = eval_folder(recipe) / "videos" / policy
-        with tqdm(total=len(prompts), unit="prompt", desc=f"generate {policy}") as bar:
+        with progress_bar(len(prompts), "prompt", f"generate {policy}") as bar:
             for done in videos.generate(folder, prompts, config.seed, config.clips_per_prompt, recipe.video, target):
                 bar.update(done - bar.n)
         step = 0 if policy == "base" else trained

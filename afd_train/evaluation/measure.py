@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
+from afd_data.progress import progress_bar
 from afd_train.evaluation import distribution, motion, physics, quality
 from afd_train.evaluation.clips import Clip
 from afd_train.evaluation.compare import Row
@@ -46,7 +46,7 @@ def measure_clips(clips: Sequence[Clip], fps: float, exact: bool) -> tuple[list[
     try:
         with ThreadPoolExecutor(THREADS) as pool:
             found = pool.map(lambda clip: measure_clip(clip, fps, exact), clips)
-            measured = list(tqdm(found, total=len(clips), unit="video", desc="measure"))
+            measured = list(progress_bar(len(clips), "video", "measure", iterable=found))
     finally:
         cv2.setNumThreads(threads)
     rows = [
