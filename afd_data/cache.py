@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from afd_data.asking import Asker
-from afd_data.atomic import NO_ROOM, one_writer
 from afd_data.card import write_card
 from afd_data.config import DataConfig
 from afd_data.errors import UserError
+from afd_data.files import NO_ROOM, one_writer
 from afd_data.index import update_index
 from afd_data.journal import Journal, Row
 from afd_data.plan import plan_samples, recipe_facts

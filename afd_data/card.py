@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from afd_data.atomic import atomic_write
+from afd_data.files import atomic_write
 from afd_data.sample import SPLITS, Sample
 from afd_data.shards import Manifest
 from afd_data.teachers import Identity

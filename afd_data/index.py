@@ -9,8 +9,8 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from afd_data.atomic import atomic_write
 from afd_data.errors import UserError
+from afd_data.files import atomic_write
 from afd_data.sample import MEMBERS, SPLITS, Sample, parse_sample
 from afd_data.shards import Shard, read_manifest, read_member, scan_shard
 

@@ -11,9 +11,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from afd_data.atomic import is_held
 from afd_data.cache import JOURNAL, LOCK
 from afd_data.errors import UserError
+from afd_data.files import is_held
 from afd_data.index import FROM_SAMPLE, FROM_TAR, read_index, shard_rows
 from afd_data.journal import Journal
 from afd_data.sample import parse_sample

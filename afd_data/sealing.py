@@ -12,9 +12,9 @@ from collections import defaultdict
 from pathlib import Path
 
 from afd_data.acceptance import Hashes, is_twin
-from afd_data.atomic import PART
 from afd_data.config import CacheConfig
 from afd_data.errors import UserError
+from afd_data.files import PART
 from afd_data.journal import Journal, Row
 from afd_data.shards import (
     SHARD_FILE,

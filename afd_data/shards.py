@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import tarfile
@@ -16,8 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from afd_data.atomic import atomic_write, fsync_folder
 from afd_data.errors import UserError
+from afd_data.files import atomic_write, file_sha256, fsync
 from afd_data.sample import KEY, MEMBERS, SPLITS
 
 MANIFEST_VERSION = 1
@@ -130,7 +129,7 @@ def write_shard(folder: Path, file: str, contents: Iterable[Content]) -> Shard:
     assert match, file
     path = folder / file
     path.parent.mkdir(parents=True, exist_ok=True)
-    fsync_folder(path.parent.parent)
+    fsync(path.parent.parent)
     count = 0
     with atomic_write(path) as out, TarWriter(cast(BinaryIO, out), user="afd", group="afd", encoder=False) as writer:
         for content in contents:
@@ -147,12 +146,6 @@ def describe_shard(folder: Path, file: str) -> Shard:
         raise UserError(f"{folder / file}: not a name that afd gives to shards")
     path = folder / file
     return Shard(file, match[1], int(match[2]), len(scan_shard(path)), path.stat().st_size, file_sha256(path))
-
-
-def file_sha256(path: Path) -> str:
-    """64 hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def scan_shard(path: Path) -> list[Entry]:

@@ -10,8 +10,8 @@ import hashlib
 import os
 from pathlib import Path
 
-from afd_data.atomic import PART, atomic_write, fsync_file
 from afd_data.errors import UserError
+from afd_data.files import PART, atomic_write, fsync
 from afd_data.plan import Planned
 from afd_data.sample import Sample, parse_sample
 from afd_data.shards import Content
@@ -31,7 +31,7 @@ class Spool:
     def keep(self, planned: Planned, sample: Sample) -> float:
         """Make the draft durable under its final name, with its JSON; return the time, in seconds since 1970."""
         draft, mp4 = self.path(planned, "part.mp4"), self.path(planned, "mp4")
-        fsync_file(draft)
+        fsync(draft)
         os.replace(draft, mp4)
         with atomic_write(self.path(planned, "json")) as file:  # its fsync of the folder covers both names
             file.write(sample.to_json())

@@ -18,9 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from afd_data.atomic import fsync_file, fsync_folder
 from afd_data.errors import UserError
-from afd_data.shards import file_sha256
+from afd_data.files import file_sha256, fsync
 
 FORMAT = 1
 
@@ -50,11 +49,11 @@ def save_checkpoint(folder: Path, parts: Parts, state: dict[str, Any]) -> None:
     about = {"format": FORMAT, **state, "optimizers": groups, "sha256": digests}
     (part / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
     for path in part.iterdir():
-        fsync_file(path)
-    fsync_folder(part)
+        fsync(path)
+    fsync(part)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
-    fsync_folder(folder.parent)
+    fsync(folder.parent)
 
 
 def load_state(folder: Path) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class DiscriminatorConfig(Config):
     learning_rate: float = Field(default=1e-4, gt=0, description="while the student trains")
     weight_decay: float = Field(default=1e-2, ge=0)
     input_noise: float = Field(
-        default=0.8, ge=0, description="standard deviation of noise added to its input while it trains"
+        default=0.8, ge=0, description="largest standard deviation of the noise added to its input while it trains"
     )
     warmup_steps: int = Field(default=100, ge=0, description="updates on cached base rollouts before the student moves")
     warmup_learning_rate: float = Field(default=1e-3, gt=0)

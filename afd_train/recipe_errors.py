@@ -17,6 +17,15 @@ from pydantic.fields import FieldInfo
 from afd_data.config import Config
 from afd_train.recipe_yaml import Value, child_of, locate
 
+# An annotation's class -> where it keeps its limit, and how to say it.
+_RULES = {
+    annotated_types.Ge: ("ge", ">= {}"),
+    annotated_types.Gt: ("gt", "> {}"),
+    annotated_types.Le: ("le", "<= {}"),
+    annotated_types.Lt: ("lt", "< {}"),
+    annotated_types.MultipleOf: ("multiple_of", "a multiple of {}"),
+    annotated_types.MinLen: ("min_length", "with at least {} entry"),
+}
 _KINDS = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -184,17 +193,7 @@ def _limits(field: FieldInfo | None) -> str:
     """The field's range in signs: `>= 8, <= 4096, a multiple of 2`."""
     words = []
     for rule in field.metadata if field else ():
-        match rule:
-            case annotated_types.Ge(ge=limit):
-                words.append(f">= {limit}")
-            case annotated_types.Gt(gt=limit):
-                words.append(f"> {limit}")
-            case annotated_types.Le(le=limit):
-                words.append(f"<= {limit}")
-            case annotated_types.Lt(lt=limit):
-                words.append(f"< {limit}")
-            case annotated_types.MultipleOf(multiple_of=step):
-                words.append(f"a multiple of {step}")
-            case annotated_types.MinLen(min_length=length):
-                words.append(f"with at least {length} entry")
+        name, wording = _RULES.get(type(rule), ("", ""))
+        if name:
+            words.append(wording.format(getattr(rule, name)))
     return ", ".join(words)

@@ -62,6 +62,8 @@ class RunLog:
             self._bar.update()
         else:
             self._bar.set_description(f"warm-up {-step}", refresh=False)
+            if step == -1:
+                self._bar.reset()  # the rate and ETA of the steps to come do not count the warm-up
         if step == 0:
             self._bar.set_description("train", refresh=False)
         shown = {"loss": "student/loss", "margin": "discriminator/margin", "ref": "student/reference_distance"}

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from accelerate import Accelerator, PartialState
 
-from afd_data.atomic import one_writer
 from afd_data.errors import UserError
+from afd_data.files import one_writer
 from afd_data.stream import Stream
 from afd_train.alarms import Alarms
 from afd_train.checkpoint import (

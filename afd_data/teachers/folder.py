@@ -17,7 +17,6 @@ keeps what it took; give a replaced video another caption, or cache into a new f
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import Counter, defaultdict
 from pathlib import Path, PurePosixPath
@@ -25,6 +24,7 @@ from typing import Literal
 
 from afd_data.config import FolderConfig
 from afd_data.errors import UserError
+from afd_data.files import file_sha256
 from afd_data.prompt_sources import read_texts
 from afd_data.prompts import normalise
 from afd_data.teachers import Delivery, FailedError, Identity, RefusedError, Request
@@ -61,7 +61,7 @@ class Folder:
 
     def submit(self, request: Request) -> str:
         """The file's sha256.  Raises RefusedError where no file has this caption or the takes are used up."""
-        return _sha256(self.root / self._file(request))
+        return file_sha256(self.root / self._file(request))
 
     def poll(self, job_id: str) -> Literal["running", "ready"]:
         """Files are always ready."""
@@ -71,7 +71,7 @@ class Folder:
         """Write the clip as asked.  Raises RefusedError (unreadable, too short), FailedError (the file has changed)."""
         name = self._file(request)
         path = self.root / name
-        if _sha256(path) != job_id:
+        if file_sha256(path) != job_id:
             raise FailedError(f"{name}: the file has changed since it was asked for")
         try:
             facts = probe(path, name)
@@ -175,8 +175,3 @@ class Folder:
                 except UnicodeDecodeError as error:
                     raise UserError(f"{sidecar}: not UTF-8 at byte {error.start}. Save it as UTF-8.") from None
         return captions
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

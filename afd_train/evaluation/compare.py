@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from afd_data.atomic import atomic_write
+from afd_data.files import atomic_write
 from afd_train.evaluation import stats
 from afd_train.evaluation.metric import Metric
 

@@ -12,8 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from afd_data.atomic import atomic_write, one_writer
 from afd_data.errors import UserError
+from afd_data.files import atomic_write, one_writer
 from afd_data.progress import progress_bar
 from afd_train.config import EvalConfig, Recipe
 from afd_train.evaluation import clips as videos

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from afd_data.atomic import atomic_write
+from afd_data.files import atomic_write
 from afd_train.evaluation import figures
 from afd_train.evaluation.compare import Cell, Comparison, Summary
 from afd_train.evaluation.metric import Metric

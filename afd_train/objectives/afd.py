@@ -109,8 +109,9 @@ class AdversarialFlowDistillation:
         clips = torch.cat([self._setup.latents(examples), self._setup.student.autoencoder.round_trip(rollouts)])
         text = torch.cat([self._text(examples, 1), self._text(examples, takes)])
         if noise is not None:
-            blur = torch.randn(clips.shape, generator=noise).to(clips.device)
-            clips = clips + self._setup.discriminator.input_noise * blur
+            prompt = torch.arange(len(examples))
+            group = torch.cat([prompt, prompt.repeat_interleave(takes)])
+            clips = clips + input_noise(clips, group, self._setup.discriminator.input_noise, noise)
         scores = self._discriminator(clips, text)
         return scores[: len(examples)].repeat_interleave(takes), scores[len(examples) :]
 
@@ -180,3 +181,14 @@ class AdversarialFlowDistillation:
             "discriminator/held_out_accuracy": float((teacher > student).float().mean()),
             "discriminator/held_out_margin": float((teacher - student).mean()),
         }
+
+
+def input_noise(clips: Tensor, group: Tensor, largest: float, generator: torch.Generator) -> Tensor:
+    """Noise for the discriminator's input: [B, F, C, H, W] like `clips`; its standard deviation is uniform in
+    [0, largest], one a group of clips (group: [B] integers), so that the level tells no side from the other.
+
+    Rollouts are scored clean.  A discriminator that only ever saw one level gives all clean clips the same score.
+    """
+    level = largest * torch.rand(int(group.max()) + 1, generator=generator)[group]
+    noise = torch.randn(clips.shape, generator=generator)
+    return (level[:, None, None, None, None] * noise).to(clips.device)

@@ -42,25 +42,21 @@ class Distillation:
     def step(self, examples: Sequence[Example], step: int) -> Metrics:
         """`fake_updates` of the fake score, then one of the student; only the prompts of `examples` are used."""
         setup = self._setup
-        prompts = [(example.prompt_id, example.prompt) for example in examples]
-        text = setup.student.encode_text([text for _, text in prompts])
+        text = setup.student.encode_text([example.prompt for example in examples])
+        with setup.watch("rollout"):
+            clips = [Clip(e.prompt_id, e.prompt, setup.rollout_seed(step), take=0) for e in examples]
+            rollouts = setup.student.rollout(clips, text)
         fake_loss = 0.0
-        for index in range(self._config.fake_updates):
-            clips = self._rollout(prompts, text, step, take=1 + index).clips
-            with setup.watch("fake"):
-                loss = teacher_forced_loss(self._fake, clips, text, setup.generator(step, f"fake {index}"))
+        with setup.watch("fake"):
+            for index in range(self._config.fake_updates):
+                generator = setup.generator(step, f"fake {index}")
+                loss = teacher_forced_loss(self._fake, rollouts.clips, text, generator)
                 descend(setup.accelerator, self.optimizers["fake"], loss, setup.config.max_grad_norm)
                 fake_loss = float(loss.detach())
-        rollouts = self._rollout(prompts, text, step, take=0)
         with setup.watch("update"):
             loss = self._loss(rollouts, text, setup.generator(step, "distil"))
             norm = setup.trainee.update(loss, step)
         return {"student/loss": float(loss.detach()), "student/grad_norm": norm, "fake/loss": fake_loss}
-
-    def _rollout(self, prompts: list[tuple[str, str]], text: Tensor, step: int, take: int) -> Rollout:
-        with self._setup.watch("rollout"):
-            clips = [Clip(key, prompt, self._setup.rollout_seed(step), take) for key, prompt in prompts]
-            return self._setup.student.rollout(clips, text)
 
     def _loss(self, rollouts: Rollout, text: Tensor, generator: torch.Generator) -> Tensor:
         times = self._setup.student.times

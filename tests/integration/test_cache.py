@@ -202,7 +202,7 @@ def test_fewer_prompts_are_another_recipe(tmp_path):
 
 
 def test_two_writers_are_refused(tmp_path):
-    from afd_data.atomic import one_writer
+    from afd_data.files import one_writer
 
     with one_writer(tmp_path / ".lock", "x"), pytest.raises(UserError, match="another afd process"):
         play(tmp_path)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from afd_data.atomic import one_writer
 from afd_data.config import PromptsConfig, StreamConfig
 from afd_data.errors import UserError
+from afd_data.files import one_writer
 from afd_data.video import probe
 from afd_train.config import AfdConfig, DistilConfig, FlowMatchingConfig, Recipe, TrainConfig
 from afd_train.runlog import read_metrics

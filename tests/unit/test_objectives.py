@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from afd_data.stream import Example, Stream
 from afd_train.config import AfdConfig, DistilConfig, FlowMatchingConfig, Recipe, TrainConfig
 from afd_train.objectives import Setup, open_objective
-from afd_train.objectives.afd import AdversarialFlowDistillation
+from afd_train.objectives.afd import AdversarialFlowDistillation, input_noise
 from afd_train.objectives.flow_matching import chunk_times, frame_weight
 from afd_train.policies import Trainee
 from afd_train.runlog import Stopwatch
@@ -247,6 +247,15 @@ def test_the_teachers_own_videos_score_like_the_teacher(setup_of):
     examples = prompts_of(setup)
     teacher, student = opened(setup)._scores(examples, setup.latents(examples), noise=None)
     torch.testing.assert_close(teacher, student, rtol=0, atol=1e-6)
+
+
+def test_the_clips_of_a_prompt_meet_the_discriminator_under_one_level_of_noise_from_none_to_the_largest():
+    group = torch.arange(200).repeat(2)
+    noise = input_noise(torch.zeros(400, 4, 3, 16, 16), group, largest=0.8, generator=torch.Generator().manual_seed(0))
+    teacher, student = noise.flatten(1).std(1).chunk(2)
+    torch.testing.assert_close(teacher, student, rtol=0.08, atol=0)  # 3072 draws a clip: 1.3 % each
+    assert 0 < teacher.min() < 0.02 and 0.78 < teacher.max() < 0.84
+    assert float(teacher.mean()) == pytest.approx(0.4, abs=0.05)  # uniform; 200 groups: 0.016
 
 
 def test_every_rollout_meets_the_teachers_video_of_its_own_prompt(setup_of):

@@ -8,6 +8,7 @@ import pytest
 from webdataset.compat import WebDataset
 
 from afd_data.errors import UserError
+from afd_data.files import file_sha256
 from afd_data.index import read_index, rebuild_index
 from afd_data.sample import SCHEMA_VERSION, Sample
 from afd_data.shards import (
@@ -16,7 +17,6 @@ from afd_data.shards import (
     Manifest,
     Shard,
     describe_shard,
-    file_sha256,
     read_manifest,
     read_member,
     scan_shard,

@@ -6,13 +6,13 @@ from contextlib import suppress
 
 import pytest
 
-from afd_data.atomic import atomic_write, is_held, one_writer
 from afd_data.errors import UserError
+from afd_data.files import atomic_write, is_held, one_writer
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from afd_data.atomic import one_writer
+from afd_data.files import one_writer
 with one_writer(Path(sys.argv[1]), "cache x"):
     print("held", flush=True)
     time.sleep(60)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import time
 from collections.abc import Iterator
@@ -21,22 +22,19 @@ PART = ".part"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up, file-size limit of the shell
 
 
-def fsync_file(path: Path) -> None:
-    """Make the content of a written and closed file durable.  Raises OSError."""
-    descriptor = os.open(path, os.O_RDWR)
+def fsync(path: Path) -> None:
+    """Make durable the content of a closed file, or the names in a folder.  Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make names created, renamed or removed in `folder` durable.  Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def file_sha256(path: Path) -> str:
+    """64 hex digits.  Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -56,7 +54,7 @@ def atomic_write(path: Path, mode: Literal["wb", "w"] = "wb") -> Iterator[IO[Any
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    fsync_folder(path.parent)
+    fsync(path.parent)
 
 
 @contextmanager
