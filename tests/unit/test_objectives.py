@@ -254,7 +254,8 @@ def test_the_clips_of_a_prompt_meet_the_discriminator_under_one_level_of_noise_f
     noise = input_noise(torch.zeros(400, 4, 3, 16, 16), group, largest=0.8, generator=torch.Generator().manual_seed(0))
     teacher, student = noise.flatten(1).std(1).chunk(2)
     torch.testing.assert_close(teacher, student, rtol=0.08, atol=0)  # 3072 draws a clip: 1.3 % each
-    assert 0 < teacher.min() < 0.02 and 0.78 < teacher.max() < 0.84
+    assert 0 < teacher.min() < 0.02
+    assert 0.78 < teacher.max() < 0.84
     assert float(teacher.mean()) == pytest.approx(0.4, abs=0.05)  # uniform; 200 groups: 0.016
 
 
@@ -291,12 +292,6 @@ def test_the_warm_up_moves_the_discriminator_only_and_logs_steps_below_0(setup_o
     assert all({"discriminator/loss", "discriminator/held_out_margin"} <= metrics.keys() for _, metrics in rows)
     assert torch.equal(weights(setup.student.net), start)
     assert distance(weights(objective.modules["discriminator"]), before) > 0
-
-
-def test_an_untrained_discriminator_is_at_chance_in_the_log(setup_of):
-    setup = setup_of(AfdConfig())
-    metrics = opened(setup).step(prompts_of(setup), step=0)
-    assert metrics["discriminator/loss"] == pytest.approx(math.log(2), abs=0.4)
 
 
 def test_a_step_is_a_function_of_its_number(setup_of):
