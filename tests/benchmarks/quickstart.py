@@ -15,8 +15,7 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 RECIPE = "quickstart"
@@ -35,11 +34,13 @@ def main() -> None:
     options = _options()
     out = Path(options.out)
     _afd("cache-teacher", out / "data", {}, options.threads)
-    rows = []
+    runs: dict[tuple[str, int], Future[list[dict]]] = {}
     with ThreadPoolExecutor(options.jobs) as pool:
-        for method in options.methods:  # sft last: it gets the seconds that afd took
-            for found in pool.map(partial(_run, method, out=out, options=options), options.seeds):
-                rows += found
+        for method in sorted(options.methods):
+            for seed in options.seeds:
+                afd = runs.get(("afd", seed)) if method == "sft" else None  # sft gets the seconds that afd took
+                runs[method, seed] = pool.submit(_run, method, seed, out, options, afd)
+    rows = [row for run in runs.values() for row in run.result()]
     (out / "results.json").write_text(json.dumps(rows, indent=1))
     print(table(rows))
 
@@ -56,8 +57,12 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _run(method: str, seed: int, out: Path, options: argparse.Namespace) -> list[dict]:
-    """Train and measure one method with one seed."""
+def _run(
+    method: str, seed: int, out: Path, options: argparse.Namespace, after: Future[list[dict]] | None
+) -> list[dict]:
+    """Train and measure one method with one seed, once the run `after` has ended."""
+    if after is not None:
+        after.result()
     folder = out / f"{method}-{seed}"
     changes = dict(item.split("=", 1) for item in options.set)
     match method:
