@@ -1,7 +1,8 @@
 """One sample from the plan to the spool: submit, poll, fetch, check, keep; every step in the journal first.
 
 Runs in worker threads.  What a teacher refuses, fails at or draws badly is a state with a reason, not an exception;
-anything else that a free teacher raises is a bug and ends the run, while a paid teacher's request becomes `unknown`.
+anything else that a teacher raises is a bug and ends the run, except while a paid one is being asked: whether that
+request was charged cannot be told, so it becomes `unknown`.
 """
 
 from __future__ import annotations

@@ -121,7 +121,11 @@ def _check_same_recipe(recipe: DataConfig, teacher: Teacher, journal: Journal, f
 
 
 def _recover_requests(journal: Journal, spool: Spool, paid: bool) -> None:
-    """Decide about requests that a crash cut off: free ones are asked again, paid ones never without a job id."""
+    """Decide about requests that failed or that a crash cut off: free ones are asked again.
+
+    Paid ones go on with their job.  Without a job id, those that failed are asked again, and those whose answer is not
+    known become `unknown`.  Raises UserError when a paid video is gone from the spool.
+    """
     for row in journal.rows(states=(*IN_FLIGHT, "failed", "spooled")):
         if row.state == "spooled":
             if spool.find(row) is None:

@@ -23,7 +23,7 @@ class VideoConfig(Config):
     width: int = Field(default=16, ge=8, le=4096, multiple_of=2, description="pixels")
     height: int = Field(default=16, ge=8, le=4096, multiple_of=2, description="pixels")
     frames: int = Field(default=12, ge=2, le=4096, description="pixel frames in a clip")
-    fps: float = Field(default=8.0, gt=0, le=240, description="frames per second")
+    fps: float = Field(default=8.0, ge=0.1, le=240, description="frames per second")
     lossless: bool = Field(
         default=False, description="RGB inside H.264, exact; chroma subsampling smears worlds of 16 to 32 pixels"
     )
@@ -31,7 +31,11 @@ class VideoConfig(Config):
 
 
 class PromptsConfig(Config):
-    """Where prompts come from and how they are split; the split is a function of the prompt's text alone."""
+    """Where prompts come from and how they are split.
+
+    Held out are the first by the hash of their text: their order in the source does not matter, but an added prompt
+    can take the place of one that was held out.
+    """
 
     source: str = Field(
         description="a txt, csv, jsonl or parquet file, hf://datasets/OWNER/NAME[@REVISION][/SPLIT], "

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from typing import IO, Any, Literal
 from afd_data.errors import UserError
 
 PART = ".part"
+OLD = ".old"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up, file-size limit of the shell
 
 
@@ -55,6 +57,32 @@ def atomic_write(path: Path, mode: Literal["wb", "w"] = "wb") -> Iterator[IO[Any
         part.unlink(missing_ok=True)
         raise
     fsync(path.parent)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to put files in: it becomes `folder`, complete and durable, when the block ends, or not.
+
+    A `folder` of that name is replaced, and kept as `NAME.old` while its name changes hands.  Missing parents are made.
+    """
+    part, old = folder.with_name(folder.name + PART), folder.with_name(folder.name + OLD)
+    if old.exists() and not folder.exists():  # killed between the two renames below
+        old.rename(folder)
+    for left in (part, old):
+        shutil.rmtree(left, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        for path in [*part.rglob("*"), part]:
+            fsync(path)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    if folder.exists():
+        folder.rename(old)
+    part.rename(folder)
+    fsync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

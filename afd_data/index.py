@@ -65,6 +65,7 @@ def read_index(folder: Path, split: str) -> pyarrow.Table:
     path = index_path(folder, split)
     try:
         table = pyarrow.parquet.read_table(path)
+        table.validate(full=True)  # a stranger's text need not be UTF-8
     except FileNotFoundError:
         raise UserError(
             f"{path}: no index. The same `afd cache-teacher` command makes it again from the tars."
@@ -73,6 +74,8 @@ def read_index(folder: Path, split: str) -> pyarrow.Table:
         raise UserError(f"{path}: cannot be read ({error}). Remove it; it is made again from the tars.") from None
     if table.schema != schema():
         raise UserError(f"{path}: not an index of this version. Remove it; it is made again from the tars.")
+    if any(column.null_count for column in table.columns):
+        raise UserError(f"{path}: has empty cells, so afd did not write it. Remove it; it is made again from the tars.")
     return table
 
 

@@ -113,13 +113,21 @@ def _rows(folder: Path, shard: Shard) -> list[dict]:
 
 
 def _day(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    """The local time; a tar's header may hold a number that is none."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    except (OverflowError, ValueError, OSError):
+        return f"{seconds:g} s after 1970"
 
 
 def _member(folder: Path, row: dict, kind: str) -> bytes:
-    with open(folder / row["shard"], "rb") as file:
-        file.seek(row[f"{kind}_offset"])
-        return file.read(row[f"{kind}_size"])
+    """Raises UserError when the index, which a stranger may have written, points outside the tar."""
+    path, offset, size = folder / row["shard"], row[f"{kind}_offset"], row[f"{kind}_size"]
+    with open(path, "rb") as file:
+        if offset < 0 or size < 0 or offset + size > file.seek(0, io.SEEK_END):
+            raise UserError(f"{path}: truncated in {row['key']}.{kind}, or the index is wrong. Run `afd cache verify`.")
+        file.seek(offset)
+        return file.read(size)
 
 
 def _contact_sheet(folder: Path, rows: list[dict], out: Path) -> None:
@@ -158,11 +166,16 @@ def verify(folder: Path) -> list[str]:
         try:
             problems += _shard_problems(folder, shard)
             rows[shard.file] = shard_rows(folder, shard)
-        except (UserError, FileNotFoundError) as error:
+        except UserError as error:
             problems.append(str(error))
+        except OSError as error:  # a failed read does not name its file
+            problems.append(f"{folder / shard.file}: cannot be read ({error.strerror or error})")
     problems += _key_problems(rows)
-    if is_held(folder / LOCK):  # index and journal follow when the run ends
-        return problems
+    try:
+        if _written_since(folder, manifest):
+            return problems
+    except UserError as error:
+        return [*problems, str(error)]
     for split in manifest.samples():
         problems += _index_problems(folder, split, [row for s in manifest.of(split) for row in rows.get(s.file, [])])
     named = {shard.file for shard in manifest.shards}
@@ -171,6 +184,14 @@ def verify(folder: Path) -> list[str]:
     if (folder / JOURNAL).exists():
         problems += _journal_problems(folder, rows)
     return problems
+
+
+def _written_since(folder: Path, manifest: Manifest) -> bool:
+    """Whether index, journal and tars may be of another moment than `manifest`: hashing takes minutes.
+
+    Raises UserError when the manifest can no longer be read.
+    """
+    return is_held(folder / LOCK) or read_manifest(folder) != manifest
 
 
 def _shard_problems(folder: Path, shard: Shard) -> list[str]:

@@ -58,7 +58,6 @@ class Row(Planned):
 COLUMNS = ", ".join(field.name for field in fields(Row))
 PLAN_COLUMNS = ", ".join(field.name for field in fields(Planned))
 MARKS = ", ".join("?" * len(fields(Planned)))
-MARKS = ", ".join("?" * len(fields(Planned)))
 
 
 class Journal:
@@ -192,15 +191,20 @@ class Journal:
         if odd is None:
             return
         prompt, split, new_split, new_prompt, count = odd
+        advice = "A cache only grows: add prompts or takes"
         if new_prompt is None:
             change = f"{prompt!r} is no longer among the prompts or takes"
         elif new_split != split:
             change = f"{prompt!r} moved from {split} to {new_split}"
+            advice = (
+                "Held out are the first prompts by hash, so an added prompt, prompts.test or prompts.validation can "
+                "move others: undo that change"
+            )
         else:
             change = f"{prompt!r} is now {new_prompt!r}"
         raise UserError(
-            f"the recipe asks for other samples than this cache holds ({count} differ; {change}). A cache only grows: "
-            "add prompts or takes, or cache into another folder with --set out=FOLDER."
+            f"the recipe asks for other samples than this cache holds ({count} differ; {change}). "
+            f"{advice}, or cache into another folder with --set out=FOLDER."
         )
 
     def set_fact(self, name: str, value: object) -> None:

@@ -90,7 +90,7 @@ def _jsonl(path: Path, column: str) -> Iterator[tuple[str, str]]:
                 continue
             try:
                 record = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # ValueError: not JSON, an integer of 5000 digits
                 raise UserError(f"{path}:{number}: not JSON ({error})") from None
             yield _field(record, column, f"{path}:{number}"), f"{path}:{number}: key {column!r}"
 

@@ -64,6 +64,11 @@ def load_prompts(config: PromptsConfig, base: Path, teacher: Teacher | None = No
     else:
         test, rest = texts[: config.test], texts[config.test :]
     validation, train = rest[: config.validation], rest[config.validation :]
+    if config.test_source and len(test) < config.test:
+        raise UserError(
+            f"prompts: {len(test)} prompts in {config.test_source} are too few for test {config.test}. "
+            "Ask for fewer or name a larger prompts.test_source."
+        )
     if not train or len(validation) < config.validation or len(test) < config.test:
         raise UserError(
             f"prompts: {len(texts)} prompts in {config.source} are too few: validation {config.validation} and test "

@@ -70,7 +70,7 @@ def parse_sample(data: bytes, where: str) -> Sample:
     """
     try:
         record = json.loads(data)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, an integer of 5000 digits
         raise UserError(f"{where}: not JSON ({error})") from None
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected a JSON object, got {type(record).__name__}")
@@ -89,4 +89,18 @@ def parse_sample(data: bytes, where: str) -> Sample:
             raise UserError(f"{where}: {name} is {type(record[name]).__name__}, expected {kind.__name__}")
     if not KEY.fullmatch(record["key"]) or record["split"] not in SPLITS:
         raise UserError(f"{where}: bad key {record['key']!r} or split {record['split']!r}")
-    return Sample(**record)
+    sample = Sample(**record)
+    _check_storable(sample, where)
+    return sample
+
+
+def _check_storable(sample: Sample, where: str) -> None:
+    """Raises UserError for what JSON can say and the index cannot hold."""
+    for name, value in vars(sample).items():
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise UserError(f"{where}: {name} is an integer of more than 64 bits")
+        if isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise UserError(f"{where}: half a character (a lone surrogate) in {name}") from None

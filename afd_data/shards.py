@@ -11,7 +11,7 @@ import json
 import re
 import tarfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -94,8 +94,12 @@ def read_manifest(folder: Path) -> Manifest:
         version = record["version"]
         if version != MANIFEST_VERSION:
             raise UserError(f"{path}: manifest version {version!r}, this afd reads {MANIFEST_VERSION}")
-        manifest = Manifest(int(record["generation"]), tuple(Shard(**shard) for shard in record["shards"]))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, KeyError, TypeError) as error:
+        manifest = Manifest(record["generation"], tuple(Shard(**shard) for shard in record["shards"]))
+        for checked in (manifest, *manifest.shards):
+            _check_types(checked)
+    except UserError:
+        raise
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a manifest of afd ({type(error).__name__}: {error})") from None
     for shard in manifest.shards:
         match = SHARD_FILE.fullmatch(shard.file) if isinstance(shard.file, str) else None
@@ -104,6 +108,14 @@ def read_manifest(folder: Path) -> Manifest:
     if len({shard.file for shard in manifest.shards}) < len(manifest.shards):
         raise UserError(f"{path}: names a shard twice")
     return manifest
+
+
+def _check_types(record: Manifest | Shard) -> None:
+    """Raises TypeError when a field that should be an int or a str is something else."""
+    for field in fields(record):
+        found = type(getattr(record, field.name)).__name__
+        if field.type in ("int", "str") and found != field.type:
+            raise TypeError(f"{field.name} is {found}, expected {field.type}")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

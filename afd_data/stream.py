@@ -130,20 +130,21 @@ class Stream:
         return example
 
     def _from_workers(self) -> Example:
+        try:
+            self._fill_ahead()
+            key, future = self._ahead.popleft()
+            return self.example(key) if future is None else self._memory.put(future.result())
+        except BrokenProcessPool:  # at handing out work as well as at waiting for it
+            raise UserError(
+                "stream.workers: a decoding process died, probably for want of memory. Use fewer, or 0."
+            ) from None
+
+    def _fill_ahead(self) -> None:
         while len(self._ahead) < AHEAD * self.config.workers:
             key = self._key(self.drawn + len(self._ahead))
             known = key in self._memory
             future = None if known else self._workers().submit(read_example, self._reading, self.places[key])
             self._ahead.append((key, future))
-        key, future = self._ahead.popleft()
-        if future is None:
-            return self.example(key)
-        try:
-            return self._memory.put(future.result())
-        except BrokenProcessPool:
-            raise UserError(
-                "stream.workers: a decoding process died, probably for want of memory. Use fewer, or 0."
-            ) from None
 
     def _workers(self) -> ProcessPoolExecutor:
         if self._pool is None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from afd_data.errors import UserError
-from afd_data.files import file_sha256, fsync
+from afd_data.files import atomic_folder, file_sha256
 
 FORMAT = 1
 
@@ -34,26 +34,18 @@ class Parts:
 
 def save_checkpoint(folder: Path, parts: Parts, state: dict[str, Any]) -> None:
     """Write a checkpoint; under its final name it is complete and on disk."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     files = {}
     for name, module in parts.modules.items():
         files[name] = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
     groups = {}
     for name, optimizer in parts.optimizers.items():
         files[f"{name}.optimizer"], groups[name] = _optimizer_tensors(optimizer)
-    for name, tensors in files.items():
-        save_file(tensors, part / f"{name}.safetensors")
-    digests = {path.name: file_sha256(path) for path in sorted(part.iterdir())}
-    about = {"format": FORMAT, **state, "optimizers": groups, "sha256": digests}
-    (part / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-    for path in part.iterdir():
-        fsync(path)
-    fsync(part)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
-    fsync(folder.parent)
+    with atomic_folder(folder) as part:
+        for name, tensors in files.items():
+            save_file(tensors, part / f"{name}.safetensors")
+        digests = {path.name: file_sha256(path) for path in sorted(part.iterdir())}
+        about = {"format": FORMAT, **state, "optimizers": groups, "sha256": digests}
+        (part / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -96,13 +88,13 @@ def load_checkpoint(folder: Path, parts: Parts, check: Callable[[dict[str, Any]]
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint in `folder`."""
-    found = sorted(path for path in folder.glob("step-*") if path.is_dir() and path.suffix != ".part")
+    found = sorted(path for path in folder.glob("step-*") if path.is_dir() and not path.suffix)
     return found[-1] if found else None
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep`."""
-    found = sorted(path for path in folder.glob("step-*") if path.is_dir() and path.suffix != ".part")
+    found = sorted(path for path in folder.glob("step-*") if path.is_dir() and not path.suffix)
     for path in found[:-keep]:
         shutil.rmtree(path)
 

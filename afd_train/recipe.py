@@ -227,7 +227,7 @@ def _filled(tree: Value, model: type[BaseModel]) -> Value:
     )
 
 
-def _filled_field(value: Value, field: FieldInfo, default: object = None) -> Value:
+def _filled_field(value: Value, field: FieldInfo) -> Value:
     if isinstance(value.data, tuple):
         return Value(tuple(_filled_field(item, field) for item in value.data), value.place)
     if not isinstance(value.data, Mapping):

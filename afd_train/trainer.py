@@ -13,12 +13,15 @@ from the evaluation student of the one before.  The same command again resumes: 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator, PartialState
+from torch import nn
 
 from afd_data.errors import UserError
 from afd_data.files import one_writer
@@ -43,7 +46,7 @@ log = logging.getLogger(__name__)
 
 # What a student's weights depend on.
 NETWORK = ("dim", "heads", "layers", "ffn_dim", "chunk_frames", "prediction", "coordinates", "autoencoder",
-           "pixel_factor", "text_encoder", "text_tokens", "text_dim")  # fmt: skip
+           "pixel_factor", "pixel_centre", "pixel_scale", "text_encoder", "text_tokens", "text_dim")  # fmt: skip
 # What may change between a run and its resumption without changing what was trained so far.
 FREE_TO_CHANGE = {
     "steps",
@@ -106,7 +109,7 @@ class Trainer:
         self.objective = open_objective(setup)
         self.validation = Validation(setup, folder / "validation", exact=recipe.teacher.name == "playground")
         self.alarms = Alarms(config)
-        self._identity = _identity(recipe, config)
+        self._identity = _identity(recipe, config) | {"starting weights": _digest(self.student.net)}
         self._seconds = 0.0  # spent in training steps
 
     def run(self) -> None:
@@ -138,7 +141,10 @@ class Trainer:
             with self.watch("data"):
                 examples = self.stream.next_batch(per_process)
             metrics = self.objective.step(examples, step)
-            self._seconds += time.perf_counter() - start
+            # Averaged, so that all processes stop, and sound the alarm, at the same step.
+            averaged = self._averaged({**metrics, "seconds": time.perf_counter() - start})
+            self._seconds += averaged.pop("seconds")
+            metrics = averaged
             done = step + 1
             last = self._finished(done)
             if done % config.validate_every_steps == 0 or last:
@@ -149,6 +155,14 @@ class Trainer:
                 self._save(done)
             if last:
                 return
+
+    def _averaged(self, metrics: Metrics) -> Metrics:
+        """The mean over processes, which all have the same keys."""
+        if self.accelerator.num_processes == 1:
+            return metrics
+        values = torch.tensor([*metrics.values()], device=self.accelerator.device)
+        mean = self.accelerator.reduce(values, "mean")
+        return dict(zip(metrics, mean.tolist(), strict=True))  # pyright: ignore[reportAttributeAccessIssue]
 
     def _finished(self, steps: int) -> bool:
         limit = self.config.seconds
@@ -241,6 +255,15 @@ def _starting_student(recipe: Recipe, init: str | None) -> Student:
     ):
         log.warning(f"student.init: {init} was made for clips of another size")
     return Student(opened.net.train(), recipe.student, recipe.video)
+
+
+def _digest(net: nn.Module) -> str:
+    """sha256 of all weights, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(net.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _identity(recipe: Recipe, config: TrainConfig) -> dict:

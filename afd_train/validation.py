@@ -22,11 +22,14 @@ class Validation:
     """Draws the averaged student on held-out prompts."""
 
     def __init__(self, setup: Setup, folder: Path, exact: bool):
-        """`exact`: the prompts are of the playground, whose physics can be measured."""
+        """`exact`: the prompts are of the playground, whose physics can be measured.
+
+        Where no prompts are held out, training prompts are drawn, and nothing is measured on them.
+        """
         self._setup = setup
         self._folder = folder
-        self._exact = exact
-        self._prompts = prompts_of(setup.held_out or setup.stream)[: setup.config.validation_prompts]
+        self._exact = exact and setup.held_out is not None
+        self._prompts = prompts_of(setup.held_out or setup.stream, setup.config.validation_prompts)
 
     def run(self, step: int) -> Metrics:
         """Write the strip of `step` and return means over the clips, as `validation/...`."""
@@ -57,7 +60,7 @@ class Validation:
         write_mp4(self._folder / f"step-{step:06d}.mp4", strip, config)
 
 
-def prompts_of(stream: Stream) -> list[tuple[str, str]]:
-    """(id, text) of all prompts of a split, by id."""
+def prompts_of(stream: Stream, limit: int | None = None) -> list[tuple[str, str]]:
+    """(id, text) of the first `limit` prompts of a split, by id; of all by default."""
     first = {stream.places[key].prompt_id: key for key in reversed(stream.keys)}
-    return [(prompt_id, stream.example(first[prompt_id]).prompt) for prompt_id in sorted(first)]
+    return [(prompt_id, stream.example(first[prompt_id]).prompt) for prompt_id in sorted(first)[:limit]]

@@ -11,7 +11,7 @@ from afd_data.errors import UserError
 FOLDER = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 
 
-@click.group(short_help="Look at a cache: status, inspect.")
+@click.group(short_help="Look at a cache: status, inspect, verify.")
 def cache() -> None:
     """Look at a cache of teacher videos, DIR (OUT/cache unless the recipe says otherwise)."""
 

@@ -109,7 +109,7 @@ def generate(student: str, prompt: str, output: Path, seed: int, chunks: int | N
 
     \b
       afd generate quickstart "a red ball falls and bounces" -o ball.mp4
-      afd generate runs/mine/train/student "a blue ball rolls" --seed 3
+      afd generate runs/mine/train/students/ema "a blue ball rolls" --seed 3
     """
     stages.generate(student, prompt, output, seed, chunks)
 

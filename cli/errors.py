@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 import traceback
 from typing import IO, Any
@@ -10,8 +9,7 @@ from typing import IO, Any
 import click
 
 from afd_data.errors import UserError
-
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+from afd_data.files import NO_ROOM
 
 
 class Mistake(click.ClickException):
@@ -43,7 +41,7 @@ class MistakesGroup(click.Group):
             raise Mistake(str(error)) from error
         except OSError as error:
             # With a file name it is about a path that the user gave or chose; a broken pipe is click's business.
-            if error.filename is None and error.errno not in _FULL_DISK:
+            if error.filename is None and error.errno not in NO_ROOM:
                 raise
             _say_origin(ctx)
             where = f"{error.filename}: " if error.filename is not None else ""

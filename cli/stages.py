@@ -58,8 +58,11 @@ def run(recipe, until: str) -> None:
 
 def generate(student: str, prompt: str, output: Path, seed: int, chunks: int | None) -> None:
     """Write one video; `student` is a folder or a recipe's name."""
+    from afd_data.prompts import normalise
+
     if output.suffix.lower() != ".mp4":
         raise UserError(f"--output {output}: the name must end in .mp4")
+    prompt = normalise(prompt, "PROMPT")  # as training saw it: the noise is drawn from the text
     folder = Path(student)
     if not folder.is_dir():
         from afd_train.recipe import load_recipe
@@ -80,5 +83,5 @@ def result_lines(results: Path, metric: str) -> list[str]:
 
 def _result_line(row: dict) -> str:
     means = f"{row['a']} {row['mean_a']:.3f}, {row['b']} {row['mean_b']:.3f}"
-    interval = f"{row['delta']:+.3f} [{row['lo']:+.3f}, {row['hi']:+.3f}]"
+    interval = f"{row['delta']:+.3f}" + (f" [{row['lo']:+.3f}, {row['hi']:+.3f}]" if row["lo"] is not None else "")
     return f"{row['metric']} ({row['better']} is better): {means}, difference {interval}, p {row['p']:.3g}"

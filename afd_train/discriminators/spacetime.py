@@ -1,7 +1,8 @@
 """A small transformer over the space-time patches of a latent clip and the words of its prompt.
 
 It declares its space: latents as they come back from 8-bit video (`PixelAutoencoder.round_trip`), for the teacher's
-and the student's clips alike.  Nothing else about how a clip was made reaches it.
+and the student's clips alike.  A lossy cache adds the codec's traces to the teacher's side: small videos are cached
+lossless (`video.lossless`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The videos of an evaluation: the teacher's from the cache's tars, the students' generated once and kept as mp4.
 
-A generated video counts when it lies under its final name; another checkpoint, seed or format empties its folder first.
-All videos are decoded from files, so that teacher and students have gone through the same codec.
+A generated video counts when it lies under its final name; another checkpoint, seed, format or sampler empties its
+folder first.  All videos are decoded from files, so that teacher and students have gone through the same codec.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from afd_data.index import read_index
 from afd_data.sample import sample_key
 from afd_data.shards import read_manifest
 from afd_data.video import Decoder, read_video, write_mp4
+from afd_train.config import StudentConfig
 
 # Prompts generated before their videos are written: what is lost when the process dies.
 GROUP_PROMPTS = 16
@@ -85,13 +86,25 @@ def folder_sha256(folder: Path) -> str:
 
 
 def generate(
-    student: Path, prompts: Sequence[tuple[str, str]], seed: int, takes: int, video: VideoConfig, target: Path
+    student: Path,
+    prompts: Sequence[tuple[str, str]],
+    seed: int,
+    takes: int,
+    video: VideoConfig,
+    sampler: StudentConfig,
+    target: Path,
 ) -> Iterator[int]:
     """Write the videos of one student to `target`/KEY.mp4; yields how many prompts are done, as they are.
 
-    Videos of the same student, seed and format that lie there already are kept.
+    Of `sampler` only steps and shift are read.  Videos of the same student, seed, format and sampler that lie there
+    already are kept.
     """
-    source = {"student": folder_sha256(student), "seed": seed, "video": video.model_dump()}
+    source = {
+        "student": folder_sha256(student),
+        "seed": seed,
+        "video": video.model_dump(),
+        "sampler": {"steps": list(sampler.steps), "shift": sampler.shift},
+    }
     _keep_only(target, source)
     missing = [
         prompt for prompt in prompts if not all(_path(target, prompt[0], take).is_file() for take in range(takes))
@@ -100,12 +113,14 @@ def generate(
     yield done
     if not missing:
         return
+    from afd_train.flow import schedule
     from afd_train.students import open_student
 
     opened = open_student(student)
     made, wanted = ((v.width, v.height, v.frames, v.fps) for v in (opened.video, video))
     if made != wanted:
         raise UserError(f"{student}: makes videos of (width, height, frames, fps) {made}, the recipe's are {wanted}")
+    opened.times = schedule(sampler.steps, sampler.shift)
     for start in range(0, len(missing), GROUP_PROMPTS):
         group = missing[start : start + GROUP_PROMPTS]
         videos = opened.videos(group, seed, takes)

@@ -108,11 +108,6 @@ def with_holm(comparisons: Sequence[Comparison], primary: str) -> list[Compariso
     return done
 
 
-def prompts_of(rows: Sequence[Row], metric: str, policy: str) -> dict[tuple[str, int], float]:
-    """(prompt id, take) -> value of one policy on one metric, NaN where it failed."""
-    return {(row.prompt_id, row.take): row.value for row in rows if row.metric == metric and row.policy == policy}
-
-
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """metrics.parquet: the rows as they are, NaN where a clip failed."""
     import pyarrow as pa

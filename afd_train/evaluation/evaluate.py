@@ -41,7 +41,7 @@ def evaluate(recipe: Recipe) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     with one_writer(out / ".lock", str(out)):
         steps = _training_log(train_folder(recipe) / "metrics.jsonl")
-        trained = int(steps[-1]["step"]) + 1 if steps else 0
+        trained = _exported_step(train_folder(recipe) / "checkpoints")
         clips = teacher + _generated(recipe, students, teacher, trained)
         rows, features = measure.measure_clips(clips, recipe.video.fps, recipe.teacher.name == "playground")
         write_rows(out / "metrics.parquet", rows)
@@ -89,7 +89,10 @@ def _generated(recipe: Recipe, students: Mapping[str, Path], teacher: Sequence[C
     for policy, folder in students.items():
         target = eval_folder(recipe) / "videos" / policy
         with progress_bar(len(prompts), "prompt", f"generate {policy}") as bar:
-            for done in videos.generate(folder, prompts, config.seed, config.clips_per_prompt, recipe.video, target):
+            made = videos.generate(
+                folder, prompts, config.seed, config.clips_per_prompt, recipe.video, recipe.student, target
+            )
+            for done in made:
                 bar.update(done - bar.n)
         step = 0 if policy == "base" else trained
         decoder = recipe.stream.decoder
@@ -104,6 +107,14 @@ def _metric(groups: Mapping[str, Mapping[str, Metric]], name: str) -> Metric:
             f"eval.primary_metric: {name!r} is not measured for this teacher. Allowed here: {', '.join(known)}."
         )
     return known[name]
+
+
+def _exported_step(checkpoints: Path) -> int:
+    """The step whose students lie in TRAIN/students: that of the newest checkpoint; 0 where there is none."""
+    from afd_train.checkpoint import latest_checkpoint
+
+    newest = latest_checkpoint(checkpoints)
+    return int(newest.name.removeprefix("step-")) if newest else 0
 
 
 def _training_log(path: Path) -> list[dict[str, float]]:

@@ -20,9 +20,9 @@ BETTER, WORSE, UNDECIDED = "#2aa876", "#d64545", "#8a8f98"
 PANELS = (
     (
         "discriminator: pairs told apart",
-        ("discriminator/accuracy", "discriminator/held_out_accuracy"),
+        ("discriminator/clean_accuracy", "discriminator/held_out_accuracy"),
     ),
-    ("discriminator: margin", ("discriminator/margin", "discriminator/held_out_margin")),
+    ("discriminator: margin", ("discriminator/clean_margin", "discriminator/held_out_margin")),
     ("advantage: spread in a group", ("advantage/spread",)),
     ("student: loss", ("student/loss",)),
     ("student: distance", ("student/old_policy_deviation", "student/reference_distance")),

@@ -64,7 +64,7 @@ METRICS: dict[str, Metric] = {
         "lower",
         "share of videos",
         "1 if a body once moves farther between two frames than in any of the two intervals before and after, by more "
-        "than gravity allows and 1.5 units on top; else 0.",
+        "than gravity allows and 1.5 units on top; else 0.  A body that is lost in more than a fifth of the frames: 1.",
     ),
     "motion": Metric(
         "higher",
@@ -72,7 +72,10 @@ METRICS: dict[str, Metric] = {
         "Mean displacement of the bodies from frame to frame; 0 where none is found. Read it first.",
     ),
     "penetration": Metric(
-        "lower", "radii", "Mean over frames of the deepest overlap of a body with another one, the walls or the floor."
+        "lower",
+        "radii",
+        "Mean over frames of the deepest overlap of a body with another one, the walls or the floor; 1 in a frame "
+        "where a body is lost.",
     ),
     "tracked": Metric("higher", "share of videos", "1 if every body is found in at least 80 % of the frames, else 0."),
     "physics_ok": Metric(
@@ -104,7 +107,7 @@ def measure(video: np.ndarray, fps: float, prompt: str) -> dict[str, float]:
         "parabola_residual": residual,
         "restitution_error": restitution_error,
         "energy_rise": _energy_rise(scene, seen, motion, half, fps),
-        "jump": _jump(scene, seen, fps),
+        "jump": _jump(scene, seen, fps) if tracked else 1.0,
         "motion": _mean_speed(seen, fps),
         "penetration": _penetration(seen, half, boxes, room),
         "tracked": tracked,
@@ -196,11 +199,11 @@ def _mean_speed(seen: Track, fps: float) -> float:
 
 
 def _penetration(seen: Track, half: np.ndarray, boxes: np.ndarray, room: tuple[float, float]) -> float:
-    """In radii of the body, or of the smaller of two."""
+    """In radii of the body, or of the smaller of two; 1 where a body is not found."""
     reach = half[:, None]
     x, y = np.moveaxis(seen.positions, 2, 0)
     depth = np.stack([reach - x, reach - y, x + reach - room[0], y + reach - room[1]]).max(axis=0) / reach
-    deepest = np.fmax(np.nan_to_num(depth, nan=0.0), 0.0).max(axis=0)
+    deepest = np.fmax(np.nan_to_num(depth, nan=1.0), 0.0).max(axis=0)
     for one, other in itertools.combinations(range(len(half)), 2):
         deepest = np.fmax(deepest, -gaps(seen, half, boxes, one, other) / min(half[one], half[other]))
     return float(deepest.mean())

@@ -73,7 +73,7 @@ def verdict(comparisons: Sequence[Comparison], primary: str, metric: Metric) -> 
     name = plain(primary)
     values = f"{name} {show(found.mean_a, metric)} against {show(found.mean_b, metric)}"
     if found.lo is None or found.hi is None:
-        return "undecided", f"One prompt decides nothing: {values}."
+        return "undecided", f"{'One prompt decides' if found.n < 2 else 'These prompts decide'} nothing: {values}."
     who = "adapted student (EMA)" if found.a == "ema" else "adapted student"
     interval = (
         f"{show_delta(found.delta, metric)}, 95 % interval {show_delta(found.lo, metric)} to "

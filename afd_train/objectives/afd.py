@@ -65,7 +65,10 @@ class AdversarialFlowDistillation:
         takes = self._setup.config.rollouts_per_prompt
         rollouts = self._rollout(examples, step, takes)
         metrics = self._update_discriminator(examples, rollouts.clips, step, self._setup.discriminator.learning_rate)
-        scores = self._clean_scores(examples, rollouts.clips)
+        with self._setup.watch("discriminator"), torch.no_grad():  # the updated one, without input noise
+            teacher, student = self._scores(examples, rollouts.clips, noise=None)
+        metrics |= told_apart("clean_", teacher, student)
+        scores = student.unflatten(0, (len(examples), takes))
         metrics["advantage/spread"] = float(scores.std(1).mean())
         advantages = self._advantages(scores, step)
         metrics |= self._update_student(examples, rollouts, advantages, step)
@@ -94,8 +97,7 @@ class AdversarialFlowDistillation:
         return {
             "discriminator/loss": float(loss.detach()),
             "discriminator/grad_norm": norm,
-            "discriminator/accuracy": float((teacher > student).float().mean()),
-            "discriminator/margin": float((teacher - student).detach().mean()),
+            **told_apart("", teacher, student),
         }
 
     def _scores(
@@ -114,12 +116,6 @@ class AdversarialFlowDistillation:
             clips = clips + input_noise(clips, group, self._setup.discriminator.input_noise, noise)
         scores = self._discriminator(clips, text)
         return scores[: len(examples)].repeat_interleave(takes), scores[len(examples) :]
-
-    @torch.no_grad()
-    def _clean_scores(self, examples: Sequence[Example], rollouts: Tensor) -> Tensor:
-        """The updated discriminator's scores of the rollouts, without input noise: [P, K]."""
-        with self._setup.watch("discriminator"):
-            return self._scores(examples, rollouts, noise=None)[1].unflatten(0, (len(examples), -1))
 
     def _advantages(self, scores: Tensor, step: int) -> Tensor:
         """Eq. 2: [P, K] -> [P, K]."""
@@ -177,10 +173,15 @@ class AdversarialFlowDistillation:
             return {}
         examples = setup.held_out.next_batch(setup.config.held_out_per_step)
         teacher, student = self._scores(examples, self._rollout(examples, step, takes=1).clips, noise=None)
-        return {
-            "discriminator/held_out_accuracy": float((teacher > student).float().mean()),
-            "discriminator/held_out_margin": float((teacher - student).mean()),
-        }
+        return told_apart("held_out_", teacher, student)
+
+
+def told_apart(which: str, teacher: Tensor, student: Tensor) -> Metrics:
+    """Log entries: share of pairs in which the teacher's clip wins, and by how much on average.  Scores: [B] each."""
+    return {
+        f"discriminator/{which}accuracy": float((teacher > student).float().mean()),
+        f"discriminator/{which}margin": float((teacher - student).detach().mean()),
+    }
 
 
 def input_noise(clips: Tensor, group: Tensor, largest: float, generator: torch.Generator) -> Tensor:

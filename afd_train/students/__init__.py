@@ -7,7 +7,6 @@ diffusers opens with `WanTransformer3DModel.from_pretrained`.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from afd_data.config import Config, VideoConfig
 from afd_data.errors import UserError
+from afd_data.files import atomic_folder
 from afd_train.config import StudentConfig
 from afd_train.flow import schedule
 from afd_train.rollout import NoiseSource, Rollout, clip_generator, rollout, rollout_chunks
@@ -135,19 +135,15 @@ def new_student(config: StudentConfig, video: VideoConfig, seed: int) -> Student
 
 def save_student(student: Student, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write a student folder; complete or not there at all.  `dtype` rounds the weights (bf16 halves the file)."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     transformer = student.net.transformer
     state = {
         name: value.to("cpu", dtype or value.dtype).contiguous() for name, value in transformer.state_dict().items()
     }
-    transformer.save_config(part / "transformer")
-    (part / "transformer" / WEIGHTS).write_bytes(serialise(state, metadata={"format": "pt"}))
     about = StudentFile(student=student.config, video=student.video)
-    (part / "student.json").write_text(about.model_dump_json(indent=1))
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    with atomic_folder(folder) as part:
+        transformer.save_config(part / "transformer")
+        (part / "transformer" / WEIGHTS).write_bytes(serialise(state, metadata={"format": "pt"}))
+        (part / "student.json").write_text(about.model_dump_json(indent=1), encoding="utf-8")
 
 
 def open_student(folder: Path | str) -> Student:

@@ -1,5 +1,6 @@
 """`cache_teacher` from prompts to shards: what ends where, what is asked again, what stock readers see."""
 
+import errno
 import json
 import os
 import resource
@@ -10,12 +11,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
+from afd_data import inspection
 from afd_data.cache import Summary, cache_teacher
 from afd_data.config import CacheConfig, DataConfig, PlaygroundConfig, PromptsConfig, VideoConfig
 from afd_data.errors import UserError
-from afd_data.index import index_path, read_index, rebuild_index
+from afd_data.index import index_path, read_index, rebuild_index, schema
 from afd_data.inspection import inspect, open_journal, status, verify
 from afd_data.prompts import Prompt
 from afd_data.shards import read_manifest
@@ -363,6 +366,36 @@ def test_a_tar_that_somebody_put_there_is_refused(tmp_path):
         play(tmp_path, 4)
 
 
+def test_verify_does_not_take_a_run_that_ends_meanwhile_for_damage(tmp_path, monkeypatch):
+    play(tmp_path, 4)
+    shard_rows = inspection.shard_rows
+
+    def rows_while_another_run_seals(folder, shard):
+        monkeypatch.setattr(inspection, "shard_rows", shard_rows)
+        play(tmp_path, 6)
+        return shard_rows(folder, shard)
+
+    monkeypatch.setattr(inspection, "shard_rows", rows_while_another_run_seals)
+    assert verify(tmp_path) == []
+    assert sum(read_manifest(tmp_path).samples().values()) == 6
+
+
+def test_a_shard_that_cannot_be_read_is_one_problem_of_several(tmp_path, monkeypatch):
+    play(tmp_path, 4, shard_samples=2)
+    describe_shard = inspection.describe_shard
+
+    def describe(folder, file):
+        if file.endswith("000000.tar"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return describe_shard(folder, file)
+
+    monkeypatch.setattr(inspection, "describe_shard", describe)
+    (tmp_path / "data/train/g0000-000001.tar").unlink()
+    problems = verify(tmp_path)
+    assert f"{tmp_path}/data/train/g0000-000000.tar: cannot be read (Input/output error)" in problems
+    assert f"{tmp_path}/data/train/g0000-000001.tar: cannot be read (No such file or directory)" in problems
+
+
 def test_inspect_tells_provenance_and_draws_a_contact_sheet(tmp_path):
     from PIL import Image
 
@@ -375,6 +408,24 @@ def test_inspect_tells_provenance_and_draws_a_contact_sheet(tmp_path):
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 8 * 100
         assert len(sheet.convert("RGB").getcolors(10**6) or []) > 10
+
+
+def change_index(folder: Path, **columns) -> None:
+    rows = [row | columns for row in read_index(folder, "train").to_pylist()]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema()), index_path(folder, "train"))
+
+
+def test_inspect_survives_a_time_that_no_calendar_has(tmp_path):
+    play(tmp_path, 4)
+    change_index(tmp_path, created_at=1e300)
+    assert "to 1e+300 s after 1970" in inspect(tmp_path)
+
+
+def test_inspect_reads_nothing_outside_a_shard(tmp_path):
+    play(tmp_path, 4)
+    change_index(tmp_path, mp4_size=2**62)
+    with pytest.raises(UserError, match=r"g0000-000000\.tar: truncated in p0001-00\.mp4, or the index is wrong"):
+        inspect(tmp_path, tmp_path / "sheet.png")
 
 
 def test_a_folder_that_is_no_cache_is_named(tmp_path):

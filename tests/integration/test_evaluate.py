@@ -49,6 +49,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     write_students(recipe, {"base": 0, "student": 1, "ema": 2})
     log = [{"step": step, "student/loss": 1 / (step + 1)} for step in range(3)]
     (train_folder(recipe) / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    (train_folder(recipe) / "checkpoints" / "step-000003").mkdir(parents=True)
     assert evaluate(recipe) == eval_folder(recipe) / "report.html"
     return recipe
 
@@ -123,6 +124,16 @@ def test_only_missing_videos_are_made_and_equal_the_lost_ones(copy):
     evaluate(copy)
     assert lost.read_bytes() == content
     assert made_at(copy, "base") == others
+
+
+def test_another_sampler_makes_the_videos_anew_with_its_steps(copy):
+    def videos() -> list[bytes]:
+        return [path.read_bytes() for path in sorted((eval_folder(copy) / "videos" / "ema").glob("*.mp4"))]
+
+    one_step = videos()
+    evaluate(copy.model_copy(update={"student": copy.student.model_copy(update={"steps": (1000, 500)})}))
+    assert all(one != two for one, two in zip(one_step, videos(), strict=True))
+    assert "steps [1000, 500] of 1000" in results(copy)["header"]["sampler"]
 
 
 def test_another_checkpoint_makes_its_videos_anew(copy):

@@ -198,10 +198,18 @@ def test_fewer_steps_than_are_done_are_refused(copy):
 def test_another_recipe_on_an_old_run_is_refused(copy, section, settings, named):
     before = files(train_folder(copy))
     other = getattr(copy, section).model_copy(update=settings)
-    # Without the phases before, which would object first.
-    with pytest.raises(UserError, match=rf"holds a run of another recipe \({named} differ\).*out=FOLDER"):
+    # Without the phases before, which would object first; so it also starts from other weights.
+    with pytest.raises(
+        UserError, match=rf"holds a run of another recipe \({named}, starting weights differ\).*out=FOLDER"
+    ):
         train(copy.model_copy(update={section: other, "pretrain": ()}))
     assert files(train_folder(copy)) == before
+
+
+def test_a_run_whose_starting_student_was_trained_on_is_refused(copy):
+    longer = tuple(changed(phase, steps=phase.steps + 1) for phase in PRETRAIN)
+    with pytest.raises(UserError, match=r"another recipe \(starting weights differ\)"):
+        train(copy.model_copy(update={"pretrain": longer}))
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(copy):

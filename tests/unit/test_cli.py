@@ -143,6 +143,19 @@ def test_a_user_error_is_a_value_error():
         raise UserError("what, where, what to do")
 
 
+def test_a_prompt_is_normalised_as_the_prompts_of_training_are(afd, folder, monkeypatch):
+    prompts = []
+    monkeypatch.setattr("afd_train.generate.generate", lambda student, prompt, *rest: prompts.append(prompt))
+    assert afd("generate", folder, "  a  red\tball ").exit_code == 0
+    assert prompts == ["a red ball"]
+
+
+def test_a_prompt_that_is_not_utf_8_is_a_mistake(afd, folder):
+    result = afd("generate", folder, b"a r\xe9d ball".decode(errors="surrogateescape"))
+    assert result.exit_code == 2
+    assert "PROMPT: half a character" in result.stderr
+
+
 def test_the_module_is_the_command():
     result = subprocess.run([sys.executable, "-m", "afd_cli", "--help"], capture_output=True, text=True, check=True)
     assert result.stdout.startswith("Usage: afd [OPTIONS] COMMAND")

@@ -7,7 +7,7 @@ from contextlib import suppress
 import pytest
 
 from afd_data.errors import UserError
-from afd_data.files import atomic_write, is_held, one_writer
+from afd_data.files import atomic_folder, atomic_write, is_held, one_writer
 
 HOLD = """
 import sys, time
@@ -61,3 +61,24 @@ def test_a_killed_writer_holds_nothing(tmp_path, holder):
     with one_writer(tmp_path / ".lock", "cache x"):
         assert is_held(tmp_path / ".lock")
     assert not is_held(tmp_path / ".lock")
+
+
+def test_a_folder_replaces_the_old_one_when_its_block_ends_and_not_when_it_raises(tmp_path):
+    with atomic_folder(tmp_path / "new" / "a") as part:
+        (part / "deep").mkdir()
+        (part / "deep" / "file").write_text("1")
+        assert not (tmp_path / "new" / "a").exists()
+    assert (tmp_path / "new" / "a" / "deep" / "file").read_text() == "1"
+    with suppress(RuntimeError), atomic_folder(tmp_path / "new" / "a") as part:
+        (part / "file").write_text("half")
+        raise RuntimeError
+    assert [path.name for path in (tmp_path / "new" / "a").iterdir()] == ["deep"]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a"]
+
+
+def test_a_folder_whose_replacement_was_killed_between_two_names_comes_back(tmp_path):
+    (tmp_path / "a.old").mkdir()
+    (tmp_path / "a.old" / "file").write_text("1")
+    with suppress(RuntimeError), atomic_folder(tmp_path / "a"):
+        raise RuntimeError
+    assert (tmp_path / "a" / "file").read_text() == "1"

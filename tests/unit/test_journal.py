@@ -116,7 +116,7 @@ def test_plan_adds_what_is_new_behind_what_is_known(journal):
     ("second", "message"),
     [
         ([planned(1)], "'prompt 2' is no longer among the prompts"),
-        ([planned(1), planned(2, split="test")], "moved from train to test"),
+        ([planned(1), planned(2, split="test")], "moved from train to test.*an added prompt"),
         ([planned(1), planned(2, prompt="Prompt 2", fingerprint="other")], "'prompt 2' is now 'Prompt 2'"),
     ],
 )

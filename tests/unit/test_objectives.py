@@ -137,6 +137,8 @@ def test_distillation_uses_prompts_and_no_video(setup_of):
 LOGGED = {
     "discriminator/accuracy",
     "discriminator/margin",
+    "discriminator/clean_accuracy",
+    "discriminator/clean_margin",
     "discriminator/held_out_accuracy",
     "discriminator/held_out_margin",
     "discriminator/loss",

@@ -80,7 +80,7 @@ def test_an_empty_video_scores_worst():
         "parabola_residual": 2,
         "restitution_error": 1,
     }
-    worst |= {"energy_rise": 1, "motion": 0, "tracked": 0, "physics_ok": 0}
+    worst |= {"energy_rise": 1, "motion": 0, "jump": 1, "penetration": 1, "tracked": 0, "physics_ok": 0}
     assert {name: values[name] for name in worst} == worst
 
 

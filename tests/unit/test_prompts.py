@@ -152,6 +152,7 @@ BAD = {
     "not json": ("p.jsonl", b'{"prompt": "fine"}\n{"prompt": \n', r"p\.jsonl:2: not JSON"),
     "key": ("p.jsonl", b'{"text": "fine"}\n', r"p\.jsonl:1: no column 'prompt'.*Columns: 'text'"),
     "number": ("p.jsonl", b'{"prompt": 3}\n', r"p\.jsonl:1: prompt is int, expected text"),
+    "endless number": ("p.jsonl", b'{"prompt": ' + b"9" * 5000 + b"}\n", r"p\.jsonl:1: not JSON"),
     "surrogate": ("p.jsonl", b'{"prompt": "a \\ud800 b"}\n', r"p\.jsonl:1: key 'prompt': half a character"),
     "not parquet": ("p.parquet", b"PAR1 no", r"p\.parquet: not a parquet file"),
     "hub": ("hf://datasets/only-a-name", b"", "expected hf://datasets/OWNER/NAME"),
@@ -166,6 +167,12 @@ def test_a_bad_source_is_named_with_its_line(tmp_path: Path, case: str) -> None:
         (tmp_path / source).write_bytes(content)
     with pytest.raises(UserError, match=message):
         load(tmp_path, source=source)
+
+
+def test_a_test_source_that_is_too_small_is_the_one_named(tmp_path: Path) -> None:
+    txt(tmp_path, ["one ball"], "other.txt")
+    with pytest.raises(UserError, match=r"1 prompts in other\.txt are too few for test 2"):
+        load(txt(tmp_path), test=2, test_source="other.txt")
 
 
 def test_too_few_prompts_are_an_error(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from webdataset.compat import WebDataset
 from afd_data.errors import UserError
 from afd_data.files import file_sha256
 from afd_data.index import read_index, rebuild_index
-from afd_data.sample import SCHEMA_VERSION, Sample
+from afd_data.sample import SCHEMA_VERSION, Sample, parse_sample
 from afd_data.shards import (
     MANIFEST,
     Content,
@@ -26,6 +26,9 @@ from afd_data.shards import (
 
 FILE = "data/train/g0000-000000.tar"
 EMPTY_SHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+UNPARSABLE = ["9" * 5000, "[" * 200_000]  # more digits, or deeper, than Python's reader goes
 
 
 def sample(key: str, **changes) -> Sample:
@@ -254,12 +257,14 @@ def test_the_manifest_is_read_back_as_it_was_written(tmp_path):
         ({"file": "../../etc/passwd"}, "is not the name of a shard"),
         ({"file": "data/test/g0000-000000.tar"}, "is not the name of a shard of 'train'"),
         ({"generation": 1}, "is not the name of a shard"),
+        ({"generation": "abc"}, "generation is str, expected int"),
+        ({"samples": "5"}, "samples is str, expected int"),
     ],
 )
 def test_a_manifest_that_says_otherwise_is_refused(tmp_path, change, message):
     sealed(tmp_path, [content("pa-00")])
     record = json.loads((tmp_path / MANIFEST).read_bytes())
-    if change.keys() <= {"file", "generation"}:
+    if change.keys() <= {"file", "generation", "samples"}:
         record["shards"][0] |= change
     else:
         record |= change
@@ -273,6 +278,35 @@ def test_a_manifest_cut_off_is_refused(tmp_path):
     (tmp_path / MANIFEST).write_bytes((tmp_path / MANIFEST).read_bytes()[:50])
     with pytest.raises(UserError, match="not a manifest"):
         read_manifest(tmp_path)
+
+
+def test_a_generation_that_is_no_number_is_refused(tmp_path):
+    (tmp_path / MANIFEST).write_text('{"version": 1, "generation": "abc", "shards": []}')
+    with pytest.raises(UserError, match=r"manifest\.json: not a manifest.*generation is str, expected int"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("text", UNPARSABLE)
+def test_a_manifest_that_python_cannot_parse_is_refused(tmp_path, text):
+    (tmp_path / MANIFEST).write_text(text)
+    with pytest.raises(UserError, match=r"manifest\.json: not a manifest"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("text", UNPARSABLE)
+def test_a_sample_that_python_cannot_parse_is_refused(text):
+    with pytest.raises(UserError, match=r"pa-00\.json: not JSON"):
+        parse_sample(text.encode(), "pa-00.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"take": 2**63}, "take is an integer of more than 64 bits"), ({"licence": "\ud800"}, "surrogate.* in licence")],
+)
+def test_a_sample_that_the_index_cannot_hold_is_refused(changes, message):
+    record = json.loads(content("pa-00").json) | changes
+    with pytest.raises(UserError, match=message):
+        parse_sample(json.dumps(record).encode(), "pa-00.json")
 
 
 def test_the_index_points_at_the_bytes_of_every_member(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -194,6 +195,19 @@ def test_an_error_in_a_worker_process_reaches_the_reader(tmp_path: Path) -> None
         source.next_batch(7)
 
 
+def test_a_worker_process_that_died_is_named_before_more_work_is_handed_to_it(sealed: Path) -> None:
+    with stream(sealed, workers=1, memory_mb=0) as source:
+        source.next_batch(1)
+        pool = source._pool
+        for process in list(pool._processes.values()):  # type: ignore[union-attr]
+            process.kill()
+        deadline = time.monotonic() + 60
+        while not pool._broken and time.monotonic() < deadline:  # type: ignore[union-attr]
+            time.sleep(0.01)
+        with pytest.raises(UserError, match=r"stream\.workers: a decoding process died"):
+            source.next_batch(1)
+
+
 def damage(folder: Path, key: str, kind: str) -> None:
     """Flip one byte in the middle of a member."""
     table = pyarrow.parquet.read_table(index_path(folder, "train")).to_pylist()
@@ -239,6 +253,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         ({"mp4_size": 2**60}, "remove it"),
         ({"mp4_offset": -1}, "remove it"),
         ({"mp4_offset": 0}, "is not what was sealed"),
+        ({"mp4_offset": None}, "has empty cells"),
         ({"shard": "../../elsewhere.tar"}, None),
     ],
 )
