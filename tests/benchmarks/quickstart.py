@@ -64,7 +64,7 @@ def _run(
     if after is not None:
         after.result()
     folder = out / f"{method}-{seed}"
-    changes = dict(item.split("=", 1) for item in options.set)
+    changes = {"train.seconds": "null"} | dict(item.split("=", 1) for item in options.set)
     match method:
         case "shuffled":
             changes |= {"train.objective.shuffled_advantages": "true"}
