@@ -83,7 +83,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, config: TrainConfig, folder: Path, init: str | None):
         self.config = config
         self.folder = folder
-        self.accelerator = Accelerator(log_with=list(config.trackers), project_dir=folder)
+        self.accelerator = Accelerator(log_with=list(config.trackers) or None, project_dir=folder)
         if config.prompts_per_step % self.accelerator.num_processes:
             raise UserError(
                 f"train.prompts_per_step: {config.prompts_per_step} prompts cannot be split over "
