@@ -142,9 +142,8 @@ class Trainer:
                 examples = self.stream.next_batch(per_process)
             metrics = self.objective.step(examples, step)
             # Averaged, so that all processes stop, and sound the alarm, at the same step.
-            averaged = self._averaged({**metrics, "seconds": time.perf_counter() - start})
-            self._seconds += averaged.pop("seconds")
-            metrics = averaged
+            metrics = self._averaged(metrics | {"seconds": time.perf_counter() - start})
+            self._seconds += metrics.pop("seconds")
             done = step + 1
             last = self._finished(done)
             if done % config.validate_every_steps == 0 or last:
