@@ -11,8 +11,12 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING
 
 from afd_data.errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 SCHEMA_VERSION = 1
 MEMBERS = ("mp4", "json")
@@ -79,19 +83,25 @@ def parse_sample(data: bytes, where: str) -> Sample:
             f"{where}: schema version {record.get('schema_version')!r}, this afd reads {SCHEMA_VERSION}. "
             "Use the afd that wrote the cache, or cache again into a new folder."
         )
-    types = {"int": int, "str": str, "float": float}
-    expected = {field.name: types[str(field.type)] for field in fields(Sample)}
-    if record.keys() != expected.keys():
-        odd = sorted(record.keys() ^ expected.keys())
+    if odd := sorted(record.keys() ^ {field.name for field in fields(Sample)}):
         raise UserError(f"{where}: keys missing or unknown: {', '.join(map(str, odd[:5]))}")
-    for name, kind in expected.items():
-        if type(record[name]) is not kind:
-            raise UserError(f"{where}: {name} is {type(record[name]).__name__}, expected {kind.__name__}")
-    if not KEY.fullmatch(record["key"]) or record["split"] not in SPLITS:
-        raise UserError(f"{where}: bad key {record['key']!r} or split {record['split']!r}")
     sample = Sample(**record)
+    try:
+        check_types(sample)
+    except TypeError as error:
+        raise UserError(f"{where}: {error}") from None
+    if not KEY.fullmatch(sample.key) or sample.split not in SPLITS:
+        raise UserError(f"{where}: bad key {sample.key!r} or split {sample.split!r}")
     _check_storable(sample, where)
     return sample
+
+
+def check_types(record: DataclassInstance) -> None:
+    """Raises TypeError when a field declared int, str or float holds anything else; other fields are not checked."""
+    for field in fields(record):
+        found = type(getattr(record, field.name)).__name__
+        if field.type in ("int", "str", "float") and found != field.type:
+            raise TypeError(f"{field.name} is {found}, expected {field.type}")
 
 
 def _check_storable(sample: Sample, where: str) -> None:

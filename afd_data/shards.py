@@ -11,13 +11,13 @@ import json
 import re
 import tarfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from afd_data.errors import UserError
 from afd_data.files import atomic_write, file_sha256, fsync
-from afd_data.sample import KEY, MEMBERS, SPLITS
+from afd_data.sample import KEY, MEMBERS, SPLITS, check_types
 
 MANIFEST_VERSION = 1
 MANIFEST = "manifest.json"
@@ -96,26 +96,18 @@ def read_manifest(folder: Path) -> Manifest:
             raise UserError(f"{path}: manifest version {version!r}, this afd reads {MANIFEST_VERSION}")
         manifest = Manifest(record["generation"], tuple(Shard(**shard) for shard in record["shards"]))
         for checked in (manifest, *manifest.shards):
-            _check_types(checked)
+            check_types(checked)
     except UserError:
         raise
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a manifest of afd ({type(error).__name__}: {error})") from None
     for shard in manifest.shards:
-        match = SHARD_FILE.fullmatch(shard.file) if isinstance(shard.file, str) else None
+        match = SHARD_FILE.fullmatch(shard.file)
         if match is None or (match[1], int(match[2])) != (shard.split, shard.generation):
             raise UserError(f"{path}: {shard.file!r} is not the name of a shard of {shard.split!r}")
     if len({shard.file for shard in manifest.shards}) < len(manifest.shards):
         raise UserError(f"{path}: names a shard twice")
     return manifest
-
-
-def _check_types(record: Manifest | Shard) -> None:
-    """Raises TypeError when a field that should be an int or a str is something else."""
-    for field in fields(record):
-        found = type(getattr(record, field.name)).__name__
-        if field.type in ("int", "str") and found != field.type:
-            raise TypeError(f"{field.name} is {found}, expected {field.type}")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

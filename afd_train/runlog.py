@@ -62,10 +62,9 @@ class RunLog:
             self._bar.update()
         else:
             self._bar.set_description(f"warm-up {-step}", refresh=False)
-            if step == -1:
-                self._bar.reset()  # the rate and ETA of the steps to come do not count the warm-up
-        if step == 0:
+        if step == -1:  # the rate and ETA of the steps to come do not count the warm-up
             self._bar.set_description("train", refresh=False)
+            self._bar.reset()
         shown = {"loss": "student/loss", "margin": "discriminator/margin", "ref": "student/reference_distance"}
         values = {name: f"{metrics[key]:.3f}" for name, key in shown.items() if key in metrics}
         self._bar.set_postfix(values, refresh=False)

@@ -109,10 +109,10 @@ class AdversarialFlowDistillation:
         """
         takes = len(rollouts) // len(examples)
         clips = torch.cat([self._setup.latents(examples), self._setup.student.autoencoder.round_trip(rollouts)])
-        text = torch.cat([self._text(examples, 1), self._text(examples, takes)])
+        prompt = torch.arange(len(examples))
+        group = torch.cat([prompt, prompt.repeat_interleave(takes)])
+        text = self._text(examples, 1)[group]
         if noise is not None:
-            prompt = torch.arange(len(examples))
-            group = torch.cat([prompt, prompt.repeat_interleave(takes)])
             clips = clips + input_noise(clips, group, self._setup.discriminator.input_noise, noise)
         scores = self._discriminator(clips, text)
         return scores[: len(examples)].repeat_interleave(takes), scores[len(examples) :]
@@ -185,10 +185,11 @@ def told_apart(which: str, teacher: Tensor, student: Tensor) -> Metrics:
 
 
 def input_noise(clips: Tensor, group: Tensor, largest: float, generator: torch.Generator) -> Tensor:
-    """Noise for the discriminator's input: [B, F, C, H, W] like `clips`; its standard deviation is uniform in
-    [0, largest], one a group of clips (group: [B] integers), so that the level tells no side from the other.
+    """Noise for the discriminator's input, [B, F, C, H, W] like `clips`.
 
-    Rollouts are scored clean.  A discriminator that only ever saw one level gives all clean clips the same score.
+    group: [B] integers.  The clips of a group share one standard deviation, uniform in [0, largest], so that it tells
+    no side from the other.  Rollouts are scored clean: a discriminator that only ever saw one level gives all clean
+    clips the same score.
     """
     level = largest * torch.rand(int(group.max()) + 1, generator=generator)[group]
     noise = torch.randn(clips.shape, generator=generator)
