@@ -7,7 +7,8 @@ from pathlib import Path
 
 from afd_data.prompts import prompt_id
 from afd_data.video import Mp4Writer
-from afd_train.students import Clip, open_student
+from afd_train.students import Clip
+from afd_train.students.folder import open_student
 
 
 def generate(

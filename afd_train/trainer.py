@@ -39,14 +39,12 @@ from afd_train.objectives import Metrics, Setup, open_objective
 from afd_train.policies import Trainee
 from afd_train.runlog import RunLog, Stopwatch
 from afd_train.runs import stream_folder, train_folder
-from afd_train.students import Student, new_student, open_student, save_student
+from afd_train.students import Student
+from afd_train.students.folder import save_student, starting_student
 from afd_train.validation import Validation
 
 log = logging.getLogger(__name__)
 
-# What a student's weights depend on.
-NETWORK = ("dim", "heads", "layers", "ffn_dim", "chunk_frames", "prediction", "coordinates", "autoencoder",
-           "pixel_factor", "pixel_centre", "pixel_scale", "text_encoder", "text_tokens", "text_dim")  # fmt: skip
 # What may change between a run and its resumption without changing what was trained so far.
 FREE_TO_CHANGE = {
     "steps",
@@ -89,7 +87,7 @@ class Trainer:
                 f"train.prompts_per_step: {config.prompts_per_step} prompts cannot be split over "
                 f"{self.accelerator.num_processes} processes; choose a multiple."
             )
-        self.student = _starting_student(recipe, init)
+        self.student = starting_student(recipe.student, recipe.video, recipe.seed, init)
         self.student.net.to(self.accelerator.device)
         self.trainee = Trainee(self.student.net, config, self.accelerator)
         self.stream = self._open_stream(recipe, "train")
@@ -233,27 +231,6 @@ class Trainer:
             ranks=self.accelerator.num_processes,
             video=recipe.video,
         )
-
-
-def _starting_student(recipe: Recipe, init: str | None) -> Student:
-    """The student a phase starts from, sampled as the recipe says."""
-    if init is None:
-        return new_student(recipe.student, recipe.video, recipe.seed)
-    opened = open_student(init)
-    odd = [key for key in NETWORK if getattr(opened.config, key) != getattr(recipe.student, key)]
-    if odd:
-        key = odd[0]
-        raise UserError(
-            f"student.init: {init} has {key} {getattr(opened.config, key)}, the recipe has "
-            f"{getattr(recipe.student, key)}. Set student.{key} as in {init}/student.json."
-        )
-    if (opened.video.width, opened.video.height, opened.video.frames) != (
-        recipe.video.width,
-        recipe.video.height,
-        recipe.video.frames,
-    ):
-        log.warning(f"student.init: {init} was made for clips of another size")
-    return Student(opened.net.train(), recipe.student, recipe.video)
 
 
 def _digest(net: nn.Module) -> str:

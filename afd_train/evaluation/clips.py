@@ -114,7 +114,7 @@ def generate(
     if not missing:
         return
     from afd_train.flow import schedule
-    from afd_train.students import open_student
+    from afd_train.students.folder import open_student
 
     opened = open_student(student)
     made, wanted = ((v.width, v.height, v.frames, v.fps) for v in (opened.video, video))

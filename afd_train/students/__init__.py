@@ -1,46 +1,22 @@
-"""Students: a causal network with its sampler, autoencoder and text encoder, and the folder it is kept in.
-
-A student folder holds `student.json` (the config and the clip it was made for) and `transformer/`, which stock
-diffusers opens with `WanTransformer3DModel.from_pretrained`.
-"""
+"""Students: a causal network with its sampler, autoencoder and text encoder."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as serialise
 from torch import Tensor
 
-from afd_data.config import Config, VideoConfig
-from afd_data.errors import UserError
-from afd_data.files import atomic_folder
+from afd_data.config import VideoConfig
 from afd_train.config import StudentConfig
 from afd_train.flow import schedule
 from afd_train.rollout import NoiseSource, Rollout, clip_generator, rollout, rollout_chunks
 from afd_train.students.autoencoders import PixelAutoencoder
 from afd_train.students.causal_wan import CausalWan, KVCache
 from afd_train.students.text import HashedWords
-
-FORMAT = 1
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-class StudentFile(Config):
-    """`student.json`."""
-
-    format: int = FORMAT
-    student: StudentConfig
-    video: VideoConfig
 
 
 @dataclass(frozen=True)
@@ -131,66 +107,3 @@ def new_student(config: StudentConfig, video: VideoConfig, seed: int) -> Student
             num_layers=config.layers,
         )
     return Student(CausalWan(transformer, config.chunk_frames, config.prediction), config, video)
-
-
-def save_student(student: Student, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write a student folder; complete or not there at all.  `dtype` rounds the weights (bf16 halves the file)."""
-    transformer = student.net.transformer
-    state = {
-        name: value.to("cpu", dtype or value.dtype).contiguous() for name, value in transformer.state_dict().items()
-    }
-    about = StudentFile(student=student.config, video=student.video)
-    with atomic_folder(folder) as part:
-        transformer.save_config(part / "transformer")
-        (part / "transformer" / WEIGHTS).write_bytes(serialise(state, metadata={"format": "pt"}))
-        (part / "student.json").write_text(about.model_dump_json(indent=1), encoding="utf-8")
-
-
-def open_student(folder: Path | str) -> Student:
-    """Read a student folder; `base` names the one that afd ships.  Float32 on the CPU, in evaluation mode.
-
-    Raises UserError when the folder, its JSON or its weights are not a student's.
-    """
-    folder = shipped_base() if str(folder) == "base" else Path(folder)
-    about = _read_about(folder)
-    student = new_student(about.student, about.video, seed=0)
-    state = _read_weights(folder / "transformer")
-    wanted = student.net.transformer.state_dict()
-    wrong = sorted(name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape)
-    odd = sorted(wanted.keys() ^ state.keys()) + wrong
-    if odd:
-        raise UserError(
-            f"{folder}: the weights do not fit student.json ({len(odd)} tensors missing, unknown or of another shape, "
-            f"for example {odd[0]}). Is transformer/ from another student?"
-        )
-    student.net.transformer.load_state_dict({name: value.float() for name, value in state.items()})
-    student.net.eval()
-    return student
-
-
-def shipped_base() -> Path:
-    """The base student of the quickstart."""
-    return Path(str(resources.files("afd_recipes"))) / "base"
-
-
-def _read_about(folder: Path) -> StudentFile:
-    path = folder / "student.json"
-    if not path.is_file():
-        raise UserError(f"{folder}: no student here (student.json is missing). Name a folder that `afd train` wrote.")
-    try:
-        about = StudentFile.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a student's description: {error}") from None
-    if about.format != FORMAT:
-        raise UserError(f"{path}: format {about.format}, this afd reads {FORMAT}")
-    return about
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    path = folder / WEIGHTS
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: the weights are missing") from None
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error}); copy the student folder again") from None

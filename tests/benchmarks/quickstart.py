@@ -98,7 +98,7 @@ def _measure(folder: Path, data: Path, split: str) -> list[dict]:
     from afd_train.evaluation.compare import Row, summarise
     from afd_train.evaluation.physics import METRICS, measure
     from afd_train.recipe import load_recipe
-    from afd_train.students import open_student
+    from afd_train.students.folder import open_student
     from afd_train.validation import prompts_of
 
     recipe = load_recipe(RECIPE)

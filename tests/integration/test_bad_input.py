@@ -170,7 +170,7 @@ CASES = [
         "unknown key",
         extended("train:\n  learnig_rate: 1e-4\n"),
         "train b",
-        "b.yaml:3: train.learnig_rate: unknown key. Did you mean learning_rate? Allowed here: objective, steps,",
+        "b.yaml:3: train.learnig_rate: unknown key. Did you mean learning_rate? Allowed here: objective, policy, steps,",
     ),
     Case(
         "key of another section",

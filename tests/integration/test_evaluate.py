@@ -29,7 +29,8 @@ eval: {{prompts: 4, clips_per_prompt: 2, resamples: 200, gallery_rows: 3}}
 
 
 def write_students(recipe: Recipe, seeds: dict[str, int]) -> None:
-    from afd_train.students import new_student, save_student
+    from afd_train.students import new_student
+    from afd_train.students.folder import save_student
 
     folder = train_folder(recipe) / "students"
     folder.mkdir(parents=True, exist_ok=True)
@@ -175,7 +176,8 @@ def test_a_damaged_teacher_video_is_named(copy):
 
 
 def test_a_student_of_another_size_is_refused(copy):
-    from afd_train.students import new_student, save_student
+    from afd_train.students import new_student
+    from afd_train.students.folder import save_student
 
     video = copy.video.model_copy(update={"frames": 6})
     save_student(new_student(copy.student, video, seed=0), train_folder(copy) / "students" / "base")

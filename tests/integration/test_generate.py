@@ -10,7 +10,8 @@ from afd_data.errors import UserError
 from afd_data.prompts import prompt_id
 from afd_data.video import probe, read_video
 from afd_train.generate import generate
-from afd_train.students import Student, new_student, open_student, save_student
+from afd_train.students import Student, new_student
+from afd_train.students.folder import open_student, save_student
 
 PROMPT = "A red ball is dropped."
 

@@ -16,7 +16,7 @@ from afd_data.video import probe
 from afd_train.config import AfdConfig, DistilConfig, FlowMatchingConfig, Recipe, TrainConfig
 from afd_train.runlog import read_metrics
 from afd_train.runs import train_folder
-from afd_train.students import open_student
+from afd_train.students.folder import open_student
 from afd_train.trainer import train
 
 BOOKS: dict[str, Any] = {

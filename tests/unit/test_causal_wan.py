@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from afd_train.flow import clean_from_velocity
-from afd_train.students import save_student
 from afd_train.students.causal_wan import (
     CausalRope,
     CausalWan,
@@ -24,6 +23,7 @@ from afd_train.students.causal_wan import (
     rotated,
     teacher_forcing_spans,
 )
+from afd_train.students.folder import save_student
 
 B, FRAMES, CHUNK = 2, 6, 2
 
