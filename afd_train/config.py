@@ -130,13 +130,17 @@ class StudentConfig(Config):
             raise ValueError("sink: means nothing without a window; set student.window")
         return self
 
+    @property
+    def latent_channels(self) -> int:
+        """Of the autoencoder."""
+        return WAN_CHANNELS if self.autoencoder == "wan" else 3 * self.pixel_factor**2
+
     def latent_shape(self, video: VideoConfig) -> LatentShape:
         """What the autoencoder makes of a clip; sizes that do not divide are rounded down."""
-        if self.autoencoder == "wan":
-            frames = 1 + (video.frames - 1) // WAN_STRIDE
-            return LatentShape(frames, WAN_CHANNELS, video.height // WAN_FACTOR, video.width // WAN_FACTOR)
-        factor = self.pixel_factor
-        return LatentShape(video.frames, 3 * factor**2, video.height // factor, video.width // factor)
+        wan = self.autoencoder == "wan"
+        frames = 1 + (video.frames - 1) // WAN_STRIDE if wan else video.frames
+        factor = WAN_FACTOR if wan else self.pixel_factor
+        return LatentShape(frames, self.latent_channels, video.height // factor, video.width // factor)
 
     def problem_with(self, video: VideoConfig) -> str | None:
         """Why clips of this shape cannot be made, as `KEY: reason` of a recipe; None if they can."""

@@ -90,20 +90,25 @@ class Student:
             yield self.autoencoder.decode(latents)[0].cpu().numpy()
 
 
+def new_transformer(config: StudentConfig) -> WanTransformer3DModel:
+    """The stock transformer of this student, with random weights from torch's generator (none on the meta device)."""
+    channels = config.latent_channels
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=config.heads,
+        attention_head_dim=config.dim // config.heads,
+        in_channels=channels + 2 * config.coordinates,
+        out_channels=channels,
+        text_dim=config.text_dim,
+        freq_dim=config.frequency_dim or config.dim,
+        ffn_dim=config.ffn_dim,
+        num_layers=config.layers,
+    )
+
+
 def new_student(config: StudentConfig, video: VideoConfig, seed: int) -> Student:
     """A student with random weights that follow from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        autoencoder = PixelAutoencoder(config)
-        transformer = WanTransformer3DModel(
-            patch_size=(1, 2, 2),
-            num_attention_heads=config.heads,
-            attention_head_dim=config.dim // config.heads,
-            in_channels=autoencoder.channels + 2 * config.coordinates,
-            out_channels=autoencoder.channels,
-            text_dim=config.text_dim,
-            freq_dim=config.dim,
-            ffn_dim=config.ffn_dim,
-            num_layers=config.layers,
-        )
+        transformer = new_transformer(config)
     return Student(CausalWan(transformer, config.chunk_frames, config.prediction), config, video)
