@@ -19,12 +19,15 @@ from afd_data.errors import UserError
 from afd_data.index import check_sample, index_path, read_index, shard_rows
 from afd_data.sample import Sample, parse_sample
 from afd_data.shards import MAX_BYTES, Shard, read_manifest
-from afd_data.video import Decoder, probe, read_video
+from afd_data.video import Decoder, Video, probe, read_video
 
 
 @dataclass(frozen=True)
 class Example:
-    """A decoded sample; `video` is uint8 [F, H, W, 3] in RGB and read-only, `fps` its frames per second."""
+    """A sample; `video` is uint8 [F, H, W, 3] in RGB and read-only, `fps` its frames per second.
+
+    F is 0 where the stream was asked not to decode.
+    """
 
     key: str
     prompt_id: str
@@ -34,6 +37,7 @@ class Example:
     generation: int
     video: np.ndarray
     fps: float
+    mp4_sha256: str
     sample: Sample
 
 
@@ -57,6 +61,7 @@ class Reading:
     folder: Path
     decoder: Decoder
     video: VideoConfig | None
+    decode: bool = True
 
 
 def read_places(folder: Path, split: str) -> dict[str, Place]:
@@ -105,7 +110,7 @@ def _place(row: dict, shard: Shard) -> Place:
 
 
 def read_example(reading: Reading, place: Place) -> Example:
-    """Read, check and decode one sample.
+    """Read, check and, unless `reading.decode` is off, decode one sample.
 
     Raises UserError naming shard and key: missing, truncated, another hash, not a video, another shape than wanted.
     """
@@ -120,7 +125,10 @@ def read_example(reading: Reading, place: Place) -> Example:
     where = f"{path}: {place.key}.mp4"
     if reading.video is not None:
         _check_shape(mp4, where, reading.video)
-    video = read_video(mp4, reading.decoder, where)
+    if reading.decode:
+        video = read_video(mp4, reading.decoder, where)
+    else:
+        video = Video(np.empty((0, sample.height, sample.width, 3), np.uint8), probe(mp4, where).fps)
     return Example(
         key=sample.key,
         prompt_id=sample.prompt_id,
@@ -130,6 +138,7 @@ def read_example(reading: Reading, place: Place) -> Example:
         generation=sample.generation,
         video=video.frames,
         fps=video.fps,
+        mp4_sha256=place.mp4_sha256,
         sample=sample,
     )
 
@@ -174,7 +183,8 @@ class Memory:
 
     def put(self, example: Example) -> Example:
         example.video.flags.writeable = False  # it may be handed out again
-        if example.key not in self._examples and example.video.nbytes <= self.limit_bytes:
+        # What has no frames is cheap to read again, and would never reach the limit.
+        if example.key not in self._examples and 0 < example.video.nbytes <= self.limit_bytes:
             self._examples[example.key] = example
             self.bytes += example.video.nbytes
         while self.bytes > self.limit_bytes:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -40,11 +41,6 @@ def epoch_order(keys_by_prompt: Mapping[str, Sequence[str]], seed: int, epoch: i
     return order
 
 
-def share_of(order: Sequence[str], rank: int, ranks: int, worker: int = 0, workers: int = 1) -> list[str]:
-    """The share of one worker of one rank: every `ranks`-th item, and of these every `workers`-th."""
-    return list(order[rank::ranks][worker::workers])
-
-
 def leave_ctrl_c_to_the_parent() -> None:
     """Start of a worker process: the trainer stops it, not the terminal."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -53,8 +49,10 @@ def leave_ctrl_c_to_the_parent() -> None:
 class Stream:
     """Endless examples of one split; `state_dict` and `load_state_dict` go on at the exact sample.
 
-    `video`, where given, is what every clip must look like.  Close it (or use `with`) when `config.workers` > 0.
-    Raises UserError: no samples, fewer samples than ranks, an index that does not fit the manifest.
+    `video`, where given, is what every clip must look like.  Without `decode`, clips are read and checked but have no
+    frames: for training on cached latents.  Close it (or use `with`) when `config.workers` > 0.
+    Rank r of n draws items r, r + n, r + 2 n ... of the endless order, so that ranks together read what one would.
+    Raises UserError: no samples, an index that does not fit the manifest.
     """
 
     def __init__(
@@ -66,18 +64,16 @@ class Stream:
         rank: int = 0,
         ranks: int = 1,
         video: VideoConfig | None = None,
+        decode: bool = True,
     ) -> None:
         self.config, self.split, self.seed, self.rank, self.ranks = config, split, seed, rank, ranks
         self.places = read_places(folder, split)
-        self.per_epoch = len(range(rank, len(self.places), ranks))
-        if self.per_epoch == 0:
-            raise UserError(f"{folder}: {len(self.places)} {split} samples cannot feed {ranks} ranks")
         self.drawn = 0
-        self._reading = Reading(folder, config.decoder, video)
+        self._reading = Reading(folder, config.decoder, video, decode)
         self._memory = Memory(config.memory_mb * 2**20)
         self._pool: ProcessPoolExecutor | None = None
         self._ahead: deque[tuple[str, Future[Example] | None]] = deque()
-        self._share = lru_cache(maxsize=2)(self._epoch_share)
+        self._order = lru_cache(maxsize=2)(self._epoch_order)
 
     @property
     def keys(self) -> list[str]:
@@ -90,12 +86,18 @@ class Stream:
             raise UserError(f"{self._reading.folder}: no {self.split} sample {key!r}")
         return self._memory.get(key) or self._memory.put(read_example(self._reading, self.places[key]))
 
+    def decoded(self, key: str) -> Example:
+        """One sample with its frames, whatever `decode` says; not kept in memory.  Raises as `example` does."""
+        if key not in self.places:
+            raise UserError(f"{self._reading.folder}: no {self.split} sample {key!r}")
+        return read_example(replace(self._reading, decode=True), self.places[key])
+
     def next_batch(self, size: int) -> list[Example]:
         """The next `size` examples of this rank.  Raises UserError naming shard and key of what cannot be used."""
         return [self._next() for _ in range(size)]
 
     def state_dict(self) -> dict:
-        """JSON-able: how many examples this rank has drawn, from which data, in which order."""
+        """JSON-able: how many examples every rank has drawn, from which data, in which order."""
         return {"drawn": self.drawn, "seed": self.seed, "data_sha256": self._digest()}
 
     def load_state_dict(self, state: Mapping) -> None:
@@ -160,14 +162,14 @@ class Stream:
         self._ahead.clear()
 
     def _key(self, number: int) -> str:
-        epoch, position = divmod(number, self.per_epoch)
-        return self._share(epoch)[position]
+        epoch, position = divmod(number * self.ranks + self.rank, len(self.places))
+        return self._order(epoch)[position]
 
-    def _epoch_share(self, epoch: int) -> list[str]:
+    def _epoch_order(self, epoch: int) -> list[str]:
         keys_by_prompt: dict[str, list[str]] = {}
         for place in self.places.values():
             keys_by_prompt.setdefault(place.prompt_id, []).append(place.key)
-        return share_of(epoch_order(keys_by_prompt, self.seed, epoch), self.rank, self.ranks)
+        return epoch_order(keys_by_prompt, self.seed, epoch)
 
     def _digest(self) -> str:
         lines = (f"{key} {self.places[key].mp4_sha256} {self.places[key].json_sha256}\n" for key in self.keys)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -21,7 +20,9 @@ def weights_from_advantages(advantages: Tensor, clip: float) -> Tensor:
     return advantages.clamp(-clip, clip) / (2 * clip) + 0.5
 
 
-def shuffled(advantages: Tensor, generator: torch.Generator) -> Tensor:
-    """The control: the same advantages given to other rollouts of the same prompt.  [P, K] -> [P, K]."""
-    order = torch.rand(advantages.shape, generator=generator).argsort(1).to(advantages.device)
-    return advantages.gather(1, order)
+def shuffled(advantages: Tensor, draws: Tensor) -> Tensor:
+    """The control: the same advantages given to other rollouts of the same prompt.
+
+    advantages: [P, K]; draws: [P, K] random numbers whose order is the new one -> [P, K].
+    """
+    return advantages.gather(1, draws.argsort(1))

@@ -1,7 +1,8 @@
 """Everything needed to go on bit for bit, in formats that cannot run code: safetensors and JSON.
 
-`checkpoints/step-000150/` holds one safetensors file a network, one an optimiser, and `state.json` with the step, the
-streams' positions, the optimisers' settings and the sha256 of every file.  A folder under its final name is complete.
+`checkpoints/step-000150/` holds one safetensors file a network or optimiser (a folder of them, one a process, where it
+is sharded: written by torch.distributed.checkpoint), and `state.json` with the step, the streams' positions, the
+optimisers' settings and the sha256 of every file.  A folder under its final name is complete.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,36 +18,50 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from afd_data.errors import UserError
-from afd_data.files import atomic_folder, file_sha256
+from afd_data.files import PART, atomic_folder, file_sha256
+from afd_train.parallel import Processes
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
 class Parts:
-    """What a checkpoint holds beside its state: networks and optimisers by name."""
+    """What a checkpoint holds beside its state: tensors of networks, by name, and optimisers.
 
-    modules: Mapping[str, nn.Module]
-    optimizers: Mapping[str, torch.optim.Optimizer]
+    The tensors are the live ones: they are restored in place.
+    """
+
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    optimizers: Mapping[str, torch.optim.AdamW]
+
+    def all(self) -> dict[str, Mapping[str, Tensor]]:
+        """Networks, and `NAME.optimizer` with the optimisers' states."""
+        states = {f"{name}.optimizer": _optimizer_tensors(optimizer) for name, optimizer in self.optimizers.items()}
+        return {**self.tensors, **states}
 
 
-def save_checkpoint(folder: Path, parts: Parts, state: dict[str, Any]) -> None:
-    """Write a checkpoint; under its final name it is complete and on disk."""
-    files = {}
-    for name, module in parts.modules.items():
-        files[name] = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
-    groups = {}
-    for name, optimizer in parts.optimizers.items():
-        files[f"{name}.optimizer"], groups[name] = _optimizer_tensors(optimizer)
-    with atomic_folder(folder) as part:
-        for name, tensors in files.items():
-            save_file(tensors, part / f"{name}.safetensors")
-        digests = {path.name: file_sha256(path) for path in sorted(part.iterdir())}
-        about = {"format": FORMAT, **state, "optimizers": groups, "sha256": digests}
-        (part / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+def save_checkpoint(folder: Path, parts: Parts, state: dict[str, Any], processes: Processes) -> None:
+    """Write a checkpoint, all processes together; under its final name it is complete and on disk."""
+    with atomic_folder(folder) if processes.main else nullcontext(folder.with_name(folder.name + PART)) as part:
+        processes.wait()
+        for name, tensors in parts.all().items():
+            if _sharded(tensors):
+                _save_sharded(part / name, tensors)
+            elif processes.main:
+                save_file(
+                    {key: value.cpu().contiguous() for key, value in tensors.items()}, part / f"{name}.safetensors"
+                )
+        processes.wait()
+        if processes.main:
+            files = sorted(path for path in part.rglob("*") if path.is_file())
+            digests = {path.relative_to(part).as_posix(): file_sha256(path) for path in files}
+            about = {"format": FORMAT, **state, "sha256": digests}
+            (part / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    processes.wait()
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -59,8 +75,8 @@ def load_state(folder: Path) -> dict[str, Any]:
     if version != FORMAT:
         raise UserError(f"{folder}: checkpoint format {version}, this afd reads {FORMAT}. {advice}")
     for name, digest in digests.items():
-        path = folder / Path(name).name
-        if not path.is_file() or file_sha256(path) != digest:
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file() or file_sha256(path) != digest:
             raise UserError(f"{path}: missing, or its sha256 is not the one in state.json. {advice}")
     return state
 
@@ -72,17 +88,11 @@ def load_checkpoint(folder: Path, parts: Parts, check: Callable[[dict[str, Any]]
     """
     state = load_state(folder)
     check(state)
-    for name, module in parts.modules.items():
-        try:
-            module.load_state_dict(_read(folder, name))
-        except RuntimeError as error:
-            first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-            raise UserError(f"{folder}/{name}.safetensors does not fit this recipe's network: {first}") from None
-    for name, optimizer in parts.optimizers.items():
-        try:
-            _restore_optimizer(optimizer, _read(folder, f"{name}.optimizer"), state["optimizers"][name])
-        except (KeyError, ValueError) as error:
-            raise UserError(f"{folder}/{name}.optimizer.safetensors does not fit this recipe: {error}") from None
+    for name, tensors in parts.all().items():
+        if _sharded(tensors):
+            _load_sharded(folder / name, tensors)
+        else:
+            _restore(tensors, _read(folder, name), f"{folder}/{name}.safetensors")
     return state
 
 
@@ -107,22 +117,45 @@ def _read(folder: Path, name: str) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The state as `INDEX.NAME` -> tensor, and the parameter groups, which are JSON."""
-    state = optimizer.state_dict()
-    tensors = {
-        f"{index}.{name}": value.detach().cpu().contiguous()
-        for index, entries in state["state"].items()
-        for name, value in entries.items()
-    }
-    return tensors, state["param_groups"]
+def _restore(targets: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
+    odd = sorted(targets.keys() ^ found.keys())
+    odd += sorted(name for name in targets.keys() & found.keys() if targets[name].shape != found[name].shape)
+    if odd:
+        raise UserError(f"{where} does not fit this recipe's network: {odd[0]} is missing, unknown or of another shape")
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(found[name])
 
 
-def _restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list[dict[str, Any]]
-) -> None:
-    entries: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        entries.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": entries, "param_groups": groups})
+def _optimizer_tensors(optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """The live state as `INDEX.NAME` -> tensor; made where no step was taken yet, as AdamW itself would make it."""
+    tensors = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, parameter in enumerate(parameters):
+        entry = optimizer.state[parameter]
+        if not entry:
+            zeros = {name: torch.zeros_like(parameter.detach()) for name in ("exp_avg", "exp_avg_sq")}
+            entry.update({"step": torch.tensor(0.0), **zeros})
+        tensors |= {f"{index}.{name}": value for name, value in entry.items()}
+    return tensors
+
+
+def _sharded(tensors: Mapping[str, Tensor]) -> bool:
+    return any(isinstance(tensor, DTensor) for tensor in tensors.values())
+
+
+def _save_sharded(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    # Its own format would pickle; this one writes safetensors, one file a process.
+    import torch.distributed.checkpoint as dcp
+
+    writer = dcp.HuggingFaceStorageWriter(path=str(folder), save_distributed=True)
+    dcp.save(dict(tensors), storage_writer=writer)
+
+
+def _load_sharded(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    try:
+        dcp.load(dict(tensors), storage_reader=dcp.HuggingFaceStorageReader(path=str(folder)))
+    except (dcp.api.CheckpointException, OSError, SafetensorError) as error:
+        raise UserError(f"{folder} does not fit this recipe's network, or is damaged: {error}") from None

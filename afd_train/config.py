@@ -58,7 +58,7 @@ class StudentConfig(Config):
         description="denoising steps of a chunk, 1000 = pure noise, before the shift's warp",
     )
     first_chunk_steps: tuple[int, ...] | None = Field(
-        default=None, min_length=1, description="of the first chunk, which has no context; default: as the others"
+        default=None, min_length=1, description="of the first chunk that is drawn; default: as the others"
     )
     shift: float = Field(default=5.0, gt=0, description="warp of the schedule: t = shift s / (1 + (shift - 1) s)")
     window: int | None = Field(

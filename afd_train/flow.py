@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -49,3 +50,17 @@ def warped(step: float, shift: float) -> float:
 def schedule(steps: Sequence[int], shift: float) -> list[float]:
     """The sampler's times, falling, from unwarped steps."""
     return [warped(step, shift) for step in steps]
+
+
+def table(shift: float) -> Tensor:
+    """The 1,000 times of the schedule that Wan students were distilled on, falling from 1 to about shift / 1000: [1000].
+
+    It holds no 0: its smallest entry is what "clean" context is noised to while Self-Forcing trains.
+    """
+    return torch.tensor([warped(step, shift) for step in range(1000, 0, -1)], dtype=torch.float64)
+
+
+def nearest_time(t: float, shift: float) -> float:
+    """The entry of `table` that is nearest to t in [0, 1]."""
+    times = table(shift)
+    return float(times[(times - t).abs().argmin()])

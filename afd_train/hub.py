@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from pathlib import Path
 
@@ -28,22 +29,44 @@ def local_path(source: str | Path, what: str) -> Path:
 
 def _download(repo: str, revision: str | None, path: str, where: str) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         if Path(path).suffix in SINGLE_FILES:
             return Path(hf_hub_download(repo, path, revision=revision))
-        patterns = [f"{path}/{pattern}" if path else pattern for pattern in SAFE_FILES]
-        patterns += [f"{path}/**/{pattern}" if path else f"**/{pattern}" for pattern in SAFE_FILES]
+        # In these patterns a star also stands for slashes.
+        inside = f"{glob.escape(path)}/" if path else ""
+        patterns = [inside + pattern for pattern in SAFE_FILES]
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns)) / path
+    except HFValidationError as error:
+        raise UserError(f"{where}: {error}") from None
     except GatedRepoError:
         raise UserError(f"{where}: gated; accept its terms on the Hub and run `hf auth login`") from None
     except RepositoryNotFoundError:
         raise UserError(f"{where}: no such repository, or no access; `hf auth login` for a private one") from None
-    except EntryNotFoundError as error:
-        raise UserError(f"{where}: not in the repository, or not reachable ({error})") from None
-    except (HfHubHTTPError, OSError) as error:
-        raise UserError(f"{where}: cannot be downloaded ({error}). Run again, or name a local path.") from None
+    except RevisionNotFoundError:
+        raise UserError(f"{where}: the repository has no branch, tag or commit {revision!r}") from None
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{where}: the Hub cannot be reached and it was not downloaded before ({_line(error)}). Run again, or name "
+            "a local path."
+        ) from None
+    except EntryNotFoundError:
+        raise UserError(f"{where}: the repository has no such file") from None
+    except OSError as error:  # the client's errors of HTTP are some too
+        raise UserError(f"{where}: cannot be downloaded ({_line(error)}). Run again, or name a local path.") from None
     if not folder.exists():
         raise UserError(f"{where}: the repository has no such folder, or nothing in it that is safe to load")
     return folder
+
+
+def _line(error: BaseException) -> str:
+    """The client's errors explain at length."""
+    return " ".join(str(error).split())[:200]

@@ -8,58 +8,126 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from afd_train.flow import clean_from_velocity, noised
-from afd_train.students.causal_wan import CausalWan, KVCache
+from afd_train.config import StudentConfig
+from afd_train.flow import clean_from_velocity, nearest_time, noised, schedule
+from afd_train.students.attention import KVCache
+from afd_train.students.causal_wan import CausalWan
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a student draws a clip."""
+
+    times: tuple[float, ...]  # of a chunk's steps, falling, in (0, 1]
+    first_times: tuple[float, ...]  # of the first chunk that is drawn
+    context_time: float = 0.0  # the time that finished chunks are remembered with
+    context_noise: float = 0.0  # the time to which they are noised before that
+
+    @staticmethod
+    def of(config: StudentConfig, training: bool) -> Sampler:
+        """The sampler of a student: for videos, or for the rollouts it learns from.
+
+        Self-Forcing remembers clean chunks when it samples; while it trains it noises them to the entry of its
+        schedule that is nearest to the context's time, which for 0 is its smallest.
+        """
+        renoised = config.renoised_context == "always" or (training and config.renoised_context == "training")
+        time = config.context_noise / 1000
+        return Sampler(
+            times=tuple(schedule(config.steps, config.shift)),
+            first_times=tuple(schedule(config.first_chunk_steps or config.steps, config.shift)),
+            context_time=time,
+            context_noise=nearest_time(time, config.shift) if renoised else 0.0,
+        )
 
 
 @dataclass(frozen=True)
 class Rollout:
     """Student clips and what an update needs of how they came about.
 
-    clips: [B, F, C, H, W]; cache: keys and values of all clean chunks but the last (nothing follows that one);
-    visited: what the network saw at each step of the sampler, [steps, B, F, C, H, W].
+    clips: [B, F, C, H, W]; context: what the student saw of all chunks but the last, [B, F - chunk, C, H, W]; cache:
+    its keys and values; visited: for every chunk what the network saw at its steps, [steps, B, chunk, C, H, W].
     """
 
     clips: Tensor
+    context: Tensor
     cache: KVCache
-    visited: Tensor
+    visited: tuple[Tensor, ...]
 
 
-def clip_generator(prompt_id: str, seed: int, take: int) -> torch.Generator:
-    """The source of all noise of one clip.  On the CPU, so that a clip does not depend on the device either."""
-    digest = hashlib.sha256(f"{prompt_id}/{seed}/{take}".encode()).digest()
+class Noise(Protocol):
+    """Where a rollout's noise comes from: [B, chunk, C, H, W], standard normal, in the order of use."""
+
+    def step(self) -> Tensor:
+        """For the start of a chunk and after each of its steps but the last."""
+        ...
+
+    def context(self) -> Tensor:
+        """For a finished chunk that is noised before it is remembered."""
+        ...
+
+
+def clip_generator(prompt_id: str, seed: int, take: int, purpose: str = "") -> torch.Generator:
+    """The source of the noise of one clip.  On the CPU, so that a clip does not depend on the device either."""
+    digest = hashlib.sha256(f"{prompt_id}/{seed}/{take}{purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-class NoiseSource:
-    """Noise of a batch of clips, chunk after chunk and step after step, each clip from its own generator."""
+@dataclass(frozen=True)
+class ClipNoise:
+    """Noise of a batch of clips, (prompt id, seed, take) each, drawn from generators of their own.
 
-    def __init__(self, generators: Sequence[torch.Generator], chunk_shape: Sequence[int], device: torch.device):
-        self._generators = generators
-        self._shape = tuple(chunk_shape)  # (chunk frames, C, H, W)
-        self._device = device
+    Steps and contexts have different ones, so that clips of both samplers start from the same noise.
+    """
 
-    def __call__(self) -> Tensor:
-        """The next [B, chunk, C, H, W] of standard normal noise."""
-        draws = [torch.randn(self._shape, generator=generator) for generator in self._generators]
-        return torch.stack(draws).to(self._device)
+    steps: Sequence[torch.Generator]
+    contexts: Sequence[torch.Generator]
+    shape: tuple[int, ...]  # (chunk frames, C, H, W)
+    device: torch.device
+
+    @staticmethod
+    def of(clips: Sequence[tuple[str, int, int]], shape: tuple[int, ...], device: torch.device) -> ClipNoise:
+        """The noise that belongs to these clips."""
+        steps = [clip_generator(*clip) for clip in clips]
+        return ClipNoise(steps, [clip_generator(*clip, "/context") for clip in clips], shape, device)
+
+    def step(self) -> Tensor:
+        """See `Noise`."""
+        return self._draw(self.steps)
+
+    def context(self) -> Tensor:
+        """See `Noise`."""
+        return self._draw(self.contexts)
+
+    def _draw(self, generators: Sequence[torch.Generator]) -> Tensor:
+        return torch.stack([torch.randn(self.shape, generator=generator) for generator in generators]).to(self.device)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A finished chunk: [B, chunk, C, H, W]; as it was remembered (the last is not); what was seen at its steps."""
+
+    clean: Tensor
+    context: Tensor
+    visited: Tensor
 
 
 @torch.no_grad()
 def rollout_chunks(
-    net: CausalWan, text: Tensor, noise: NoiseSource, times: Sequence[float], chunks: int, cache: KVCache
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield finished chunks [B, chunk, C, H, W], each as soon as it is there, with what was visited on the way.
+    net: CausalWan, text: Tensor, noise: Noise, sampler: Sampler, chunks: int, cache: KVCache
+) -> Iterator[Chunk]:
+    """Draw `chunks` chunks after those in `cache`, yielding each as soon as it is there.
 
-    A chunk starts as noise; at every time of `times` (falling, in (0, 1]) the network's clean estimate is taken and,
-    but for the last, noised again to the next time with fresh noise.
+    A chunk starts as noise; at every time of the sampler (falling, in (0, 1]) the network's clean estimate is taken
+    and, but for the last, noised again to the next time with fresh noise.
     """
     for index in range(chunks):
-        x = noise()
+        times = sampler.times if index else sampler.first_times
+        x = noise.step()
         clean = x
         visited = []
         for now, after in zip(times, [*times[1:], None], strict=True):
@@ -67,14 +135,33 @@ def rollout_chunks(
             t = torch.full(x.shape[:2], now, device=x.device)
             clean = clean_from_velocity(x, net.chunk(x, t, text, cache), t)
             if after is not None:
-                x = noised(clean, noise(), torch.full_like(t, after))
+                x = noised(clean, noise.step(), torch.full_like(t, after))
+        context = clean
         if index + 1 < chunks:
-            net.remember(clean, text, cache)
-        yield clean, torch.stack(visited)
+            if sampler.context_noise:
+                t = torch.full(clean.shape[:2], sampler.context_noise, device=clean.device)
+                context = noised(clean, noise.context(), t)
+            net.remember(context, text, cache, sampler.context_time)
+        yield Chunk(clean, context, torch.stack(visited))
 
 
-def rollout(net: CausalWan, text: Tensor, noise: NoiseSource, times: Sequence[float], chunks: int) -> Rollout:
-    """All chunks of a batch of clips; text: [B, L, D]."""
-    cache = KVCache()
-    clips, visited = zip(*rollout_chunks(net, text, noise, times, chunks, cache), strict=True)
-    return Rollout(torch.cat(clips, 1), cache, torch.cat(visited, 2))
+def rollout(
+    net: CausalWan, text: Tensor, noise: Noise, sampler: Sampler, chunks: int, prefix: Tensor | None = None
+) -> Rollout:
+    """All chunks of a batch of clips; text: [P, L, D], its P prompts with B / P clips each.
+
+    `prefix`: clean latent frames to go on from, [B, n chunk, C, H, W] (image to video: one frame); it is part of the
+    result.
+    """
+    given = 0 if prefix is None else prefix.shape[1]
+    cache = net.memory(given + chunks * net.chunk_frames)
+    if prefix is not None:
+        net.remember(prefix, text, cache, sampler.context_time)
+    done = list(rollout_chunks(net, text, noise, sampler, chunks, cache))
+    start = [] if prefix is None else [prefix]
+    return Rollout(
+        clips=torch.cat([*start, *(chunk.clean for chunk in done)], 1),
+        context=torch.cat([*start, *(chunk.context for chunk in done)], 1)[:, : -net.chunk_frames],
+        cache=cache,
+        visited=tuple(chunk.visited for chunk in done),
+    )

@@ -30,3 +30,8 @@ def student_folder(recipe: DataConfig, policy: str = "ema") -> Path:
 def eval_folder(recipe: DataConfig) -> Path:
     """report.html, results.json, metrics.parquet, videos/."""
     return Path(recipe.out) / "eval"
+
+
+def export_folder(recipe: DataConfig) -> Path:
+    """The student for other programs: diffusers/, original.pt, lora/, merged/."""
+    return Path(recipe.out) / "export"

@@ -34,14 +34,15 @@ from afd_train.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from afd_train.config import Recipe, TrainConfig
-from afd_train.objectives import Metrics, Setup, open_objective
-from afd_train.policies import Trainee
+from afd_train.conditioning import CachedText, LatentCache
+from afd_train.config import LoraConfig, Recipe, TrainConfig
+from afd_train.objectives import Metrics, Setup, open_objective, policies_of
+from afd_train.parallel import Processes, whole
+from afd_train.policies import Policy, Trainee, lora_targets, plain_state
 from afd_train.runlog import RunLog, Stopwatch
 from afd_train.runs import stream_folder, train_folder
-from afd_train.students import Student
-from afd_train.students.folder import save_student, starting_student
-from afd_train.validation import Validation
+from afd_train.students.folder import save_adapter, save_student, starting_student
+from afd_train.validation import Validation, prompts_of
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ FREE_TO_CHANGE = {
 
 
 def train(recipe: Recipe) -> Path:
-    """Run or resume all phases; returns the folder of the last one.
+    """Run or resume all phases; returns the folder of the last one.  Called by all processes of `accelerate launch`.
 
     Raises UserError: no cache, a checkpoint of another recipe, or a run that went wrong (with its diagnosis).
     """
@@ -82,18 +83,18 @@ class Trainer:
         self.config = config
         self.folder = folder
         self.accelerator = Accelerator(log_with=list(config.trackers) or None, project_dir=folder)
-        if config.prompts_per_step % self.accelerator.num_processes:
-            raise UserError(
-                f"train.prompts_per_step: {config.prompts_per_step} prompts cannot be split over "
-                f"{self.accelerator.num_processes} processes; choose a multiple."
-            )
+        self.processes = Processes(self.accelerator, config)
+        _check_processes(config, self.processes)
         self.student = starting_student(recipe.student, recipe.video, recipe.seed, init)
-        self.student.net.to(self.accelerator.device)
-        self.trainee = Trainee(self.student.net, config, self.accelerator)
-        self.stream = self._open_stream(recipe, "train")
-        self.held_out = self._open_stream(recipe, "validation") if recipe.prompts.validation else None
+        self._identity = _identity(recipe, config) | {"starting weights": _digest(self.student.net)}
+        self.student.net.to(self.processes.device)
+        self.trainee = Trainee(self.student.net, config, self.processes, recipe.seed, policies_of(config.objective))
+        cached_latents = recipe.student.autoencoder == "wan"
+        self.stream = self._open_stream(recipe, "train", decode=not cached_latents)
+        held_out = recipe.prompts.validation > 0
+        self.held_out = self._open_stream(recipe, "validation", decode=not cached_latents) if held_out else None
         self.watch = Stopwatch()
-        setup = Setup(
+        self.setup = Setup(
             student=self.student,
             trainee=self.trainee,
             config=config,
@@ -101,13 +102,13 @@ class Trainer:
             stream=self.stream,
             held_out=self.held_out,
             seed=recipe.seed,
-            accelerator=self.accelerator,
+            processes=self.processes,
             watch=self.watch,
+            teacher_latents=self._condition(recipe, cached_latents),
         )
-        self.objective = open_objective(setup)
-        self.validation = Validation(setup, folder / "validation", exact=recipe.teacher.name == "playground")
+        self.objective = open_objective(self.setup)
+        self.validation = Validation(self.setup, folder / "validation", exact=recipe.teacher.name == "playground")
         self.alarms = Alarms(config)
-        self._identity = _identity(recipe, config) | {"starting weights": _digest(self.student.net)}
         self._seconds = 0.0  # spent in training steps
 
     def run(self) -> None:
@@ -121,7 +122,7 @@ class Trainer:
         try:
             if step is None:
                 step = 0
-                self._export("base")
+                self._export("base", "student")
                 self.objective.prepare(self._log)
                 self._save(step)
             self._loop(step)
@@ -133,14 +134,14 @@ class Trainer:
 
     def _loop(self, first: int) -> None:
         config = self.config
-        per_process = config.prompts_per_step // self.accelerator.num_processes
+        per_process = config.prompts_per_step // self.processes.count
         for step in range(first, config.steps):
             start = time.perf_counter()
             with self.watch("data"):
                 examples = self.stream.next_batch(per_process)
             metrics = self.objective.step(examples, step)
             # Averaged, so that all processes stop, and sound the alarm, at the same step.
-            metrics = self._averaged(metrics | {"seconds": time.perf_counter() - start})
+            metrics = self.processes.mean(metrics | {"seconds": time.perf_counter() - start})
             self._seconds += metrics.pop("seconds")
             done = step + 1
             last = self._finished(done)
@@ -153,14 +154,6 @@ class Trainer:
             if last:
                 return
 
-    def _averaged(self, metrics: Metrics) -> Metrics:
-        """The mean over processes, which all have the same keys."""
-        if self.accelerator.num_processes == 1:
-            return metrics
-        values = torch.tensor([*metrics.values()], device=self.accelerator.device)
-        mean = self.accelerator.reduce(values, "mean")
-        return dict(zip(metrics, mean.tolist(), strict=True))  # pyright: ignore[reportAttributeAccessIssue]
-
     def _finished(self, steps: int) -> bool:
         limit = self.config.seconds
         return steps >= self.config.steps or (limit is not None and self._seconds >= limit)
@@ -169,31 +162,42 @@ class Trainer:
         self.runlog.write(step, metrics, self.watch.read())
 
     def _parts(self) -> Parts:
-        modules = {"student": self.student.net, "ema": self.trainee.evaluation, **self.objective.modules}
-        return Parts(modules, {"student": self.trainee.optimizer, **self.objective.optimizers})
+        """What a checkpoint keeps; the same tensors that training moves."""
+        others = {name: net.state_dict() for name, net in self.objective.modules.items()}
+        optimizers = {"student": self.trainee.optimizer, **self.objective.optimizers}
+        return Parts({**self.trainee.state(), **others}, {name: each.adamw for name, each in optimizers.items()})
 
     def _save(self, step: int) -> None:
-        if self.accelerator.is_main_process:
-            state = {
-                "step": step,
-                "seconds": self._seconds,
-                "stream": self.stream.state_dict(),
-                "held_out": self.held_out.state_dict() if self.held_out else None,
-                "alarms": self.alarms.state_dict(),
-                "identity": self._identity,
-            }
-            # Students first: a finished run's checkpoint promises that they are there.
-            self._export("student")
-            self._export("ema")
-            save_checkpoint(self.folder / "checkpoints" / f"step-{step:06d}", self._parts(), state)
-            prune_checkpoints(self.folder / "checkpoints", self.config.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
+        state = {
+            "step": step,
+            "seconds": self._seconds,
+            "stream": self.stream.state_dict(),
+            "held_out": self.held_out.state_dict() if self.held_out else None,
+            "alarms": self.alarms.state_dict(),
+            "identity": self._identity,
+        }
+        # Students first: a finished run's checkpoint promises that they are there.
+        self._export("student", "student")
+        self._export("ema", "ema")
+        checkpoints = self.folder / "checkpoints"
+        save_checkpoint(checkpoints / f"step-{step:06d}", self._parts(), state, self.processes)
+        if self.processes.main:
+            prune_checkpoints(checkpoints, self.config.keep_checkpoints)
 
-    def _export(self, name: str) -> None:
-        """Write a policy as a student folder."""
-        net = self.trainee.evaluation if name == "ema" else self.student.net
-        student = Student(net, self.student.config, self.student.video)
-        save_student(student, self.folder / "students" / name)
+    def _export(self, name: str, acting: Policy) -> None:
+        """Write a policy as a student folder; but for the base, an adapted one is an adapter beside it."""
+        target = self.folder / "students" / name
+        with self.trainee.acting(acting):  # the tensors below are live
+            adapter = None if name == "base" else self.trainee.adapter_state()
+            state = {key: whole(value).cpu() for key, value in (adapter or plain_state(self.student.net)).items()}
+            if self.processes.main and adapter is None:
+                save_student(self.student, target, state=state)
+            elif self.processes.main:
+                policy = self.config.policy
+                assert isinstance(policy, LoraConfig)
+                targets = list(lora_targets(policy))
+                save_adapter(target, self.student, "../base", state, policy.rank, policy.alpha, targets)
+        self.processes.wait()
 
     def _resume(self) -> int | None:
         """Restore the newest checkpoint; returns its step, None if there is none."""
@@ -201,6 +205,8 @@ class Trainer:
         if checkpoint is None:
             return None
         state = load_checkpoint(checkpoint, self._parts(), check=self._check_identity)
+        for optimizer in (self.trainee.optimizer, *self.objective.optimizers.values()):
+            optimizer.synchronise()
         self.stream.load_state_dict(state["stream"])
         if self.held_out:
             self.held_out.load_state_dict(state["held_out"])
@@ -221,16 +227,41 @@ class Trainer:
                 "Put the settings back, or choose another `--set out=FOLDER`."
             )
 
-    def _open_stream(self, recipe: Recipe, split: str) -> Stream:
+    def _condition(self, recipe: Recipe, cached_latents: bool) -> LatentCache | None:
+        """Encode prompts and the teacher's videos once, beside the shards; then no encoder stays in memory."""
+        streams = [self.stream, *([self.held_out] if self.held_out else [])]
+        folder, processes = stream_folder(recipe), self.processes
+        self.student.text = text = CachedText(self.student.text, folder)
+        prompts = [prompt for stream in streams for _, prompt in prompts_of(stream)]
+        text.fill(prompts, processes.index, processes.count)
+        if not cached_latents:
+            return None
+        latents = LatentCache(folder, self.student.autoencoder, recipe.video, processes.device)
+        for stream in streams:
+            latents.fill(stream)
+        return latents
+
+    def _open_stream(self, recipe: Recipe, split: str, decode: bool) -> Stream:
         return Stream(
             stream_folder(recipe),
             recipe.stream,
             split,
             seed=recipe.seed,
-            rank=self.accelerator.process_index,
-            ranks=self.accelerator.num_processes,
+            rank=self.processes.index,
+            ranks=self.processes.count,
             video=recipe.video,
+            decode=decode,
         )
+
+
+def _check_processes(config: TrainConfig, processes: Processes) -> None:
+    if config.prompts_per_step % processes.count:
+        raise UserError(
+            f"train.prompts_per_step: {config.prompts_per_step} prompts cannot be split over "
+            f"{processes.count} processes; choose a multiple."
+        )
+    if config.policy.name == "full" and config.policy.offload and processes.sharded:
+        raise UserError("train.policy.offload: copies of a sharded network are sharded already; set it to false")
 
 
 def _digest(net: nn.Module) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from afd_data.config import VideoConfig
 from afd_data.stream import Stream
 from afd_data.video import write_mp4
 from afd_train.objectives import Metrics, Setup
-from afd_train.students import Student
 
 NOISE_SEED = 2**30  # of validation; far from the seeds of training steps
 STRIP_CLIPS = 8
@@ -32,15 +32,24 @@ class Validation:
         self._prompts = prompts_of(setup.held_out or setup.stream, setup.config.validation_prompts)
 
     def run(self, step: int) -> Metrics:
-        """Write the strip of `step` and return means over the clips, as `validation/...`."""
-        setup = self._setup
-        if not setup.accelerator.is_main_process:
-            return {}
+        """Write the strip of `step` and return means over the clips, as `validation/...`; all processes draw their part."""
+        setup, processes = self._setup, self._setup.processes
+        # As many for each, since sharded processes gather weights together.
+        own = [self._prompts[i % len(self._prompts)] for i in range(processes.index, self._padded, processes.count)]
         with setup.watch("validation"):
-            student = Student(setup.trainee.evaluation, setup.student.config, setup.student.video)
-            videos = student.videos(self._prompts, NOISE_SEED, takes=1)[:, 0]
+            with setup.trainee.acting("ema") as net, processes.unsharded(net):
+                videos = setup.student.videos(own, NOISE_SEED, takes=1, batch=setup.config.clips_per_pass or len(own))
+            videos = processes.gather(torch.from_numpy(videos[:, 0])).numpy()[: len(self._prompts)]
+            if not processes.main:
+                return {}
             self._write_strip(videos[:STRIP_CLIPS], step, setup.student.video.fps)
             return self._measure(videos) if self._exact else {}
+
+    @property
+    def _padded(self) -> int:
+        """The number of prompts, rounded up to the number of processes."""
+        count = self._setup.processes.count
+        return -(-len(self._prompts) // count) * count
 
     def _measure(self, videos: np.ndarray) -> Metrics:
         from afd_train.evaluation.physics import measure

@@ -12,6 +12,7 @@ from . import stages
 from .cache import cache
 from .errors import MistakesGroup
 from .options import RECIPE_HELP, recipe_options
+from .students import export, push_student
 
 
 @click.group(cls=MistakesGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -114,4 +115,6 @@ def generate(student: str, prompt: str, output: Path, seed: int, chunks: int | N
     stages.generate(student, prompt, output, seed, chunks)
 
 
+main.add_command(export)
+main.add_command(push_student)
 main.add_command(cache)

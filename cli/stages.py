@@ -11,6 +11,8 @@ import click
 
 from afd_data.errors import UserError
 
+from .students import student_folder
+
 NAMES = ("cache-teacher", "train", "eval")
 
 
@@ -63,15 +65,9 @@ def generate(student: str, prompt: str, output: Path, seed: int, chunks: int | N
     if output.suffix.lower() != ".mp4":
         raise UserError(f"--output {output}: the name must end in .mp4")
     prompt = normalise(prompt, "PROMPT")  # as training saw it: the noise is drawn from the text
-    folder = Path(student)
-    if not folder.is_dir():
-        from afd_train.recipe import load_recipe
-        from afd_train.runs import student_folder
-
-        folder = student_folder(load_recipe(student))
     from afd_train.generate import generate
 
-    generate(folder, prompt, output, seed, chunks)
+    generate(student_folder(student), prompt, output, seed, chunks)
     click.echo(f"Wrote {output}")
 
 

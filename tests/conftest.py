@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 
 from afd_data.config import CacheConfig, PlaygroundConfig, PromptsConfig, StreamConfig, VideoConfig
 from afd_train.config import DiscriminatorConfig, Recipe, StudentConfig
+from tests.hub_server import HubServer, connect, serving
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan", "orange", "white")
 VIDEO = VideoConfig(width=16, height=16, frames=4, fps=8.0, lossless=True)
@@ -76,3 +77,17 @@ def tiny_recipe(playground_cache: Path) -> Callable[..., Recipe]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def _served_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
+    with serving(tmp_path_factory.mktemp("hub")) as server:
+        yield server
+
+
+@pytest.fixture
+def hub(_served_hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubServer:
+    """An empty Hub on this machine that `huggingface_hub` talks to, logged in as `alice`."""
+    _served_hub.clear()
+    connect(_served_hub.url, tmp_path / "hf_home", monkeypatch)
+    return _served_hub

@@ -1,26 +1,29 @@
 """What one update is: an objective a file, all driven by the same trainer.
 
 To write one: a class with the members of `Objective`, a config section in `afd_train.config.Objective`, a `case` here.
-Every random number of step n follows from (seed, n), so that a resumed run needs no generator states.
+Every random number of step n follows from (seed, n) and its clip, so that a resumed run needs no generator states and
+several processes do what one does.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from afd_data.stream import Example, Stream
+from afd_train.conditioning import LatentCache
 from afd_train.config import AfdConfig, DiscriminatorConfig, DistilConfig, FlowMatchingConfig, TrainConfig
-from afd_train.policies import Trainee
+from afd_train.draws import Draws, generator
+from afd_train.parallel import Processes
+from afd_train.policies import Optimizer, Policy, Trainee
+from afd_train.rollout import Rollout
 from afd_train.runlog import Stopwatch
-from afd_train.students import Student
+from afd_train.students import Clip, Student
 
 Metrics = dict[str, float]
 
@@ -36,23 +39,43 @@ class Setup:
     stream: Stream  # the teacher's training videos
     held_out: Stream | None  # the teacher's videos of validation prompts
     seed: int
-    accelerator: Accelerator
+    processes: Processes
     watch: Stopwatch
+    teacher_latents: LatentCache | None = None  # of both streams, where encoding costs more than reading
 
     def latents(self, examples: Sequence[Example]) -> Tensor:
         """The teacher's videos as the student's latents: [B, F, C, h, w]."""
+        if self.teacher_latents is not None:
+            return self.teacher_latents.latents(examples).to(self.student.device)
         videos = torch.from_numpy(np.stack([example.video for example in examples]))
         return self.student.autoencoder.encode(videos.to(self.student.device))
 
-    def rollout_seed(self, step: int) -> int:
-        """The seed of a step's rollouts: no two steps of any two small seeds share it."""
-        return self.seed * 1_000_003 + step
+    def text(self, examples: Sequence[Example]) -> Tensor:
+        """[P, L, D]."""
+        return self.student.encode_text([example.prompt for example in examples])
 
-    def generator(self, step: int, purpose: str) -> torch.Generator:
-        """Randomness of a step, for one purpose, on this process."""
-        where = f"{self.seed}/{step}/{purpose}/{self.accelerator.process_index}"
-        digest = hashlib.sha256(where.encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    def rollout(self, examples: Sequence[Example], step: int, takes: range) -> Rollout:
+        """These takes of every prompt, a prompt's next to each other, by the policy that is acting."""
+        # No two steps of any two small seeds share theirs.
+        seed = self.seed * 1_000_003 + step
+        clips = [Clip(e.prompt_id, e.prompt, seed, take) for e in examples for take in takes]
+        with self.watch("rollout"), self.processes.unsharded(self.student.net):
+            return self.student.rollout(clips, self.text(examples), training=True)
+
+    def draws(self, step: int, purpose: str, examples: Sequence[Example], takes: range = range(1)) -> Draws:
+        """Randomness of these clips in a step, for one purpose."""
+        clips = [f"{example.key}/{take}" for example in examples for take in takes]
+        return Draws(self.seed, step, purpose, clips, self.student.device)
+
+    def shared(self, step: int, purpose: str) -> torch.Generator:
+        """Randomness of a step that all processes have in common."""
+        return generator(self.seed, step, purpose)
+
+    def optimizer(self, net: nn.Module, weight_decay: float, betas: tuple[float, float]) -> Optimizer:
+        """For another network than the student."""
+        return Optimizer(
+            list(net.parameters()), self.processes, self.config.max_grad_norm, weight_decay=weight_decay, betas=betas
+        )
 
 
 class Objective(Protocol):
@@ -64,7 +87,7 @@ class Objective(Protocol):
         ...
 
     @property
-    def optimizers(self) -> Mapping[str, torch.optim.Optimizer]:
+    def optimizers(self) -> Mapping[str, Optimizer]:
         """Optimisers of its own."""
         ...
 
@@ -75,6 +98,11 @@ class Objective(Protocol):
     def step(self, examples: Sequence[Example], step: int) -> Metrics:
         """One update of each network."""
         ...
+
+
+def policies_of(objective: AfdConfig | DistilConfig | FlowMatchingConfig) -> tuple[Policy, ...]:
+    """The policies that it compares the student with."""
+    return ("old", "reference") if isinstance(objective, AfdConfig) else ()
 
 
 def open_objective(setup: Setup) -> Objective:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from afd_data.stream import Example
+from afd_train.draws import Draws
 from afd_train.flow import noised, velocity
 from afd_train.losses import flow_matching_loss
 from afd_train.objectives import Metrics, Setup
+from afd_train.policies import Optimizer
 from afd_train.students.causal_wan import CausalWan
 
 SMALLEST_TIME = 0.02  # below it nothing is left to predict, and 1 / t of a clean-predicting student explodes
@@ -22,7 +24,7 @@ class FlowMatching:
     def __init__(self, setup: Setup):
         self._setup = setup
         self.modules: dict[str, nn.Module] = {}
-        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.optimizers: dict[str, Optimizer] = {}
 
     def prepare(self, log: Callable[[int, Metrics], None]) -> None:
         """Nothing to prepare."""
@@ -30,27 +32,31 @@ class FlowMatching:
     def step(self, examples: Sequence[Example], step: int) -> Metrics:
         """One update on the teacher's videos."""
         setup = self._setup
-        with setup.watch("encode"):
-            clips = setup.latents(examples)
-            text = setup.student.encode_text([example.prompt for example in examples])
-        with setup.watch("update"):
-            generator = setup.generator(step, "flow matching")
-            loss = teacher_forced_loss(setup.trainee.net, clips, text, generator)
-            norm = setup.trainee.update(loss, step)
-        return {"student/loss": float(loss.detach()), "student/grad_norm": norm}
+        per_pass = setup.config.clips_per_pass or len(examples)
+        total = 0.0
+        for start in range(0, len(examples), per_pass):
+            part = examples[start : start + per_pass]
+            with setup.watch("encode"):
+                clips, text = setup.latents(part), setup.text(part)
+            with setup.watch("update"):
+                draws = setup.draws(step, "flow matching", part)
+                loss = teacher_forced_loss(setup.trainee.net, clips, text, draws) * len(part) / len(examples)
+                setup.trainee.accumulate(loss)
+                total += float(loss.detach())
+        return {"student/loss": total, "student/grad_norm": setup.trainee.step(step)}
 
 
-def teacher_forced_loss(net: CausalWan, clips: Tensor, text: Tensor, generator: torch.Generator) -> Tensor:
+def teacher_forced_loss(net: CausalWan, clips: Tensor, text: Tensor, draws: Draws) -> Tensor:
     """Flow matching with one uniform time a chunk.  clips: [B, F, C, H, W]; text: [B, L, D] -> scalar."""
-    t = chunk_times(clips.shape[0], clips.shape[1], net.chunk_frames, generator).to(clips.device)
-    noise = torch.randn(clips.shape, generator=generator).to(clips.device)
+    t = chunk_times(clips.shape[1], net.chunk_frames, draws)
+    noise = draws.normal(*clips.shape[1:])
     v = net(noised(clips, noise, t), t, text, clean=clips)
     return flow_matching_loss(v, velocity(clips, noise), frame_weight(net, t))
 
 
-def chunk_times(batch: int, frames: int, chunk: int, generator: torch.Generator) -> Tensor:
+def chunk_times(frames: int, chunk: int, draws: Draws) -> Tensor:
     """Uniform times in [SMALLEST_TIME, 1], equal within a chunk: [B, F]."""
-    t = torch.rand(batch, frames // chunk, generator=generator)
+    t = draws.uniform(frames // chunk)
     return (SMALLEST_TIME + (1 - SMALLEST_TIME) * t).repeat_interleave(chunk, 1)
 
 

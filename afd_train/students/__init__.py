@@ -12,11 +12,14 @@ from torch import Tensor
 
 from afd_data.config import VideoConfig
 from afd_train.config import StudentConfig
-from afd_train.flow import schedule
-from afd_train.rollout import NoiseSource, Rollout, clip_generator, rollout, rollout_chunks
-from afd_train.students.autoencoders import PixelAutoencoder
-from afd_train.students.causal_wan import CausalWan, KVCache
-from afd_train.students.text import HashedWords
+from afd_train.rollout import ClipNoise, Rollout, Sampler, rollout, rollout_chunks
+from afd_train.students.autoencoders import open_autoencoder
+from afd_train.students.causal_wan import CausalWan, cast_weights
+from afd_train.students.spans import Window
+from afd_train.students.text import open_text_encoder
+
+
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,9 @@ class Student:
     video: VideoConfig
 
     def __post_init__(self):
-        self.autoencoder = PixelAutoencoder(self.config)
-        self.text = HashedWords(self.config)
-        self.times = schedule(self.config.steps, self.config.shift)
+        self.autoencoder = open_autoencoder(self.config)
+        self.text = open_text_encoder(self.config)
+        self.shape = self.config.latent_shape(self.video)
 
     @property
     def device(self) -> torch.device:
@@ -49,28 +52,24 @@ class Student:
     @property
     def chunks(self) -> int:
         """Chunks of a clip."""
-        return self.video.frames // self.config.chunk_frames
+        return self.shape.frames // self.config.chunk_frames
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """[B] texts -> [B, L, D] on the network's device."""
+        """[P] texts -> [P, L, D] on the network's device."""
         return self.text.encode(prompts).to(self.device)
 
-    def noise(self, clips: Sequence[Clip]) -> NoiseSource:
+    def noise(self, clips: Sequence[Clip]) -> ClipNoise:
         """The noise that draws these clips."""
-        factor = self.autoencoder.factor
-        shape = (
-            self.config.chunk_frames,
-            self.autoencoder.channels,
-            self.video.height // factor,
-            self.video.width // factor,
-        )
-        generators = [clip_generator(clip.prompt_id, clip.seed, clip.take) for clip in clips]
-        return NoiseSource(generators, shape, self.device)
+        shape = (self.config.chunk_frames, *self.shape[1:])
+        return ClipNoise.of([(clip.prompt_id, clip.seed, clip.take) for clip in clips], shape, self.device)
 
-    def rollout(self, clips: Sequence[Clip], text: Tensor | None = None) -> Rollout:
-        """Draw a batch of clips as latents; `text` saves encoding their prompts again."""
+    def rollout(self, clips: Sequence[Clip], text: Tensor | None = None, training: bool = False) -> Rollout:
+        """Draw a batch of clips as latents; `text`, [P, L, D] for groups of equal size, saves encoding it again.
+
+        `training`: as rollouts to learn from are drawn (see `Sampler.of`).
+        """
         text = self.encode_text([clip.prompt for clip in clips]) if text is None else text
-        return rollout(self.net, text, self.noise(clips), self.times, self.chunks)
+        return rollout(self.net, text, self.noise(clips), Sampler.of(self.config, training), self.chunks)
 
     def videos(self, prompts: Sequence[tuple[str, str]], seed: int, takes: int, batch: int = 64) -> np.ndarray:
         """Videos of (prompt id, text) pairs: uint8 [P, takes, F, H, W, 3].  Independent of `batch`."""
@@ -82,12 +81,24 @@ class Student:
         videos = np.concatenate(parts)
         return videos.reshape(len(prompts), takes, *videos.shape[1:])
 
-    def stream(self, clip: Clip, chunks: int | None = None) -> Iterator[np.ndarray]:
-        """One video as it comes: uint8 [chunk, H, W, 3] after [chunk, H, W, 3]; may be longer than a clip."""
+    def stream(self, clip: Clip, chunks: int | None = None, image: Tensor | None = None) -> Iterator[np.ndarray]:
+        """One video as it comes: uint8 [n, H, W, 3] after [n, H, W, 3]; may be longer than a clip.
+
+        `image`: the first pixel frame, uint8 [H, W, 3], which counts as the first chunk (of one latent frame).
+        """
         text = self.encode_text([clip.prompt])
         count = self.chunks if chunks is None else chunks
-        for latents, _ in rollout_chunks(self.net, text, self.noise([clip]), self.times, count, KVCache()):
-            yield self.autoencoder.decode(latents)[0].cpu().numpy()
+        sampler, decode = Sampler.of(self.config, training=False), self.autoencoder.stream()
+        window = self.config.window
+        total = count * self.config.chunk_frames
+        cache = self.net.memory(total if window is None else min(window, total))
+        if image is not None:
+            first = self.autoencoder.encode(image[None, None].to(self.device))
+            self.net.remember(first, text, cache, sampler.context_time)
+            yield decode(first)[0].cpu().numpy()
+            count -= 1
+        for chunk in rollout_chunks(self.net, text, self.noise([clip]), sampler, count, cache):
+            yield decode(chunk.clean)[0].cpu().numpy()
 
 
 def new_transformer(config: StudentConfig) -> WanTransformer3DModel:
@@ -106,9 +117,14 @@ def new_transformer(config: StudentConfig) -> WanTransformer3DModel:
     )
 
 
+def causal_net(transformer: WanTransformer3DModel, config: StudentConfig) -> CausalWan:
+    """The transformer made causal as this student wants it."""
+    return CausalWan(transformer, config.chunk_frames, config.prediction, Window(config.window, config.sink))
+
+
 def new_student(config: StudentConfig, video: VideoConfig, seed: int) -> Student:
     """A student with random weights that follow from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = new_transformer(config)
-    return Student(CausalWan(transformer, config.chunk_frames, config.prediction), config, video)
+    return Student(causal_net(cast_weights(transformer, DTYPES[config.dtype]), config), config, video)

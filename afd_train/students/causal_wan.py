@@ -1,60 +1,38 @@
 """`CausalWan`: the stock diffusers `WanTransformer3DModel` made causal by composition.
 
 Frames are folded into the batch: the stock forward sees [B F, C, 1, H, W] with one time a frame, so that it needs no
-override.  Three replaced parts put the frames together again: a rope module that knows the absolute positions and
-hands a `Pass` to every block, a float64 timestep module, and two attention processors.  What a token may see is a
-union of contiguous spans, so attention is a few dense calls and no mask is ever built.
+override.  Three replaced parts put the frames together again: a rope module that hands a `Pass` to every block, a
+float64 timestep module, and two attention processors (attention.py).  What a token may see is a union of contiguous
+spans (spans.py), so attention is a few dense calls and no mask is ever built.
 
-Layouts: clips [B, F, C, H, W]; T = tokens of a latent frame; keys and values [B, heads, tokens, head_dim], keys stored
-after the rotary embedding at absolute positions.
+Clips are [B, F, C, H, W].  A text [P, L, D] serves P groups of B / P clips each, next to each other: rollouts of one
+prompt share its keys and values.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformer3DModel, WanTransformerBlock
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel, WanTransformerBlock
 from torch import Tensor, nn
 
 from afd_train.flow import velocity_from_clean
+from afd_train.students.attention import CausalRope, CrossAttention, KVCache, Pass, SelfAttention, rotary_tables
+from afd_train.students.spans import (
+    EVERYTHING,
+    Span,
+    Window,
+    block_causal_spans,
+    committed_spans,
+    continuation_spans,
+    teacher_forcing_spans,
+)
 
 Prediction = Literal["velocity", "clean"]
 
 TRAIN_TIMESTEPS = 1000  # the transformer was trained on times in [0, 1000]; the factor lives only here
-
-
-@dataclass
-class KVCache:
-    """Keys and values of the clean frames so far, one pair a layer, and of the text.  Written under no_grad only."""
-
-    frames: int = 0
-    keys: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, heads, frames T, head_dim]
-    values: dict[int, Tensor] = field(default_factory=dict)
-    text: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # layer -> text keys, values
-
-
-@dataclass(frozen=True)
-class Span:
-    """Query frames [start, stop) of a pass see `visible` ranges of frames, counted over [cached; own]."""
-
-    query: tuple[int, int]
-    visible: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class Pass:
-    """What one forward pass attends to; lives for that pass only."""
-
-    frames: int
-    cos: Tensor  # [frames T, head_dim / 2]
-    sin: Tensor
-    spans: tuple[Span, ...]
-    cache: KVCache | None = None
-    commit: bool = False
 
 
 def cast_weights(transformer: WanTransformer3DModel, dtype: torch.dtype) -> WanTransformer3DModel:
@@ -69,49 +47,33 @@ def cast_weights(transformer: WanTransformer3DModel, dtype: torch.dtype) -> WanT
     return transformer
 
 
-def block_causal_spans(frames: int, chunk: int) -> tuple[Span, ...]:
-    """Every chunk sees itself and all chunks before it."""
-    return tuple(Span((i, i + chunk), ((0, i + chunk),)) for i in range(0, frames, chunk))
-
-
-def teacher_forcing_spans(frames: int, chunk: int) -> tuple[Span, ...]:
-    """For [clean; noisy]: clean chunks are causal, a noisy chunk sees the clean chunks before it and itself."""
-    noisy = continuation_spans(frames, chunk, cached=frames)
-    return block_causal_spans(frames, chunk) + tuple(
-        Span((frames + span.query[0], frames + span.query[1]), span.visible) for span in noisy
-    )
-
-
-def continuation_spans(frames: int, chunk: int, cached: int) -> tuple[Span, ...]:
-    """Noisy chunk i sees cached clean chunks 0 .. i-1 and itself; own frames stand behind the `cached` ones."""
-    spans = []
-    for i in range(0, frames, chunk):
-        own = (cached + i, cached + i + chunk)
-        spans.append(Span((i, i + chunk), ((0, i), own) if i else (own,)))
-    return tuple(spans)
-
-
 class CausalWan(nn.Module):
     """Velocity of a clip, chunk-causally.
 
-    `forward` with `clean` (teacher forcing), `chunks` (all chunks on a cache of the clean clip) and `chunk` (one on a
+    `forward` with `clean` (teacher forcing), `chunks` (on a cache of the clean clip) and `chunk` (the next one on a
     cache of what came before) agree to rounding; `forward` without `clean` gives every chunk a noisy context.
     """
 
-    def __init__(self, transformer: WanTransformer3DModel, chunk_frames: int, prediction: Prediction):
+    def __init__(
+        self,
+        transformer: WanTransformer3DModel,
+        chunk_frames: int,
+        prediction: Prediction = "velocity",
+        window: Window = EVERYTHING,
+    ):
         super().__init__()
         self.transformer = transformer
         self.chunk_frames = chunk_frames
         self.prediction: Prediction = prediction
+        self.window = window
         self.coordinates = transformer.config["in_channels"] == transformer.config["out_channels"] + 2
-        # Lists, and not modules: the parts below share the pass in progress, and the rope belongs to the transformer.
+        # A list, and not a module: the parts below share the pass in progress.
         self._pass: list[Pass] = []
-        self._rope = [CausalRope(transformer.config["attention_head_dim"], self._pass)]
-        transformer.add_module("rope", self._rope[0])
+        transformer.add_module("rope", CausalRope(self._pass))
         transformer.condition_embedder.add_module("timesteps_proj", ExactTimesteps(transformer.config["freq_dim"]))
         for layer, block in enumerate(transformer.blocks):
             assert isinstance(block, WanTransformerBlock)
-            block.attn1.set_processor(SelfAttention(layer))  # pyright: ignore[reportArgumentType]
+            block.attn1.set_processor(SelfAttention(layer, self._pass))  # pyright: ignore[reportArgumentType]
             block.attn2.set_processor(CrossAttention(layer, self._pass))  # pyright: ignore[reportArgumentType]
 
     def forward(
@@ -119,80 +81,90 @@ class CausalWan(nn.Module):
     ) -> Tensor:
         """Velocity at `noisy`.
 
-        noisy: [B, F, C, H, W]; t: [B, F] in [0, 1]; text: [B, L, D].  With `clean`, [B, F, C, H, W] at time `clean_t`
-        (default 0), every chunk sees the clean chunks before it instead of the noisy ones.
+        noisy: [B, F, C, H, W]; t: [B, F] in [0, 1]; text: [P, L, D].  With `clean`, [B, F, C, H, W] at time `clean_t`
+        (default 0), every chunk sees the clean chunks before it instead of the noisy ones; `noisy` and `t` may then
+        hold K noisy versions of the clip one after the other, [B, K F, ...], which share the clean half.
         """
-        frames = noisy.shape[1]
-        positions = torch.arange(frames, device=noisy.device)
         if clean is None:
-            v = self._run(noisy, t, text, positions, block_causal_spans(frames, self.chunk_frames))
-        else:
-            clean_t = torch.zeros_like(t) if clean_t is None else clean_t
-            both = torch.cat([clean, noisy], 1), torch.cat([clean_t, t], 1)
-            spans = teacher_forcing_spans(frames, self.chunk_frames)
-            v = self._run(*both, text, torch.cat([positions, positions]), spans)[:, frames:]
+            frames = noisy.shape[1]
+            spans = block_causal_spans(frames, self.chunk_frames, self.window)
+            return self._velocity(self._run(noisy, t, text, tuple(range(frames)), spans), noisy, t)
+        frames, copies = clean.shape[1], noisy.shape[1] // clean.shape[1]
+        clean_t = torch.zeros_like(t[:, :frames]) if clean_t is None else clean_t
+        both = torch.cat([clean, noisy], 1), torch.cat([clean_t, t], 1)
+        spans = teacher_forcing_spans(frames, self.chunk_frames, copies, self.window)
+        v = self._run(*both, text, tuple(range(frames)) * (1 + copies), spans)[:, frames:]
         return self._velocity(v, noisy, t)
 
+    @torch.no_grad()
     def chunk(self, noisy: Tensor, t: Tensor, text: Tensor, cache: KVCache) -> Tensor:
-        """Velocity of the next chunk, [B, chunk, C, H, W], given the clean frames in `cache`, which stays as it is."""
-        frames = noisy.shape[1]
-        positions = torch.arange(cache.frames, cache.frames + frames, device=noisy.device)
-        own = Span((0, frames), ((0, cache.frames + frames),))
-        return self._velocity(self._run(noisy, t, text, positions, (own,), cache), noisy, t)
+        """Velocity of the next chunk, [B, chunk, C, H, W], given the clean frames in `cache`, which are not touched.
 
-    def chunks(self, noisy: Tensor, t: Tensor, text: Tensor, cache: KVCache) -> Tensor:
-        """Velocity of all chunks at once, each given the frames of `cache` before it.
+        The slots behind them serve as scratch; without gradient.
+        """
+        spans = committed_spans(cache.frames, noisy.shape[1], noisy.shape[1], cache.capacity, self.window)
+        return self._velocity(self._run(noisy, t, text, _after(cache, noisy), spans, cache, write=True), noisy, t)
+
+    def chunks(self, noisy: Tensor, t: Tensor, text: Tensor, cache: KVCache, first: int = 0, copies: int = 1) -> Tensor:
+        """Velocity of all chunks from frame `first` on at once, each given the frames of `cache` before it.
 
         Equals teacher forcing with a context that carries no gradient, which is how these students are distilled, at
-        half the tokens.  noisy: [B, F, C, H, W]; the cache holds at least the F - chunk first clean frames.
+        half the tokens.  noisy: [B, copies n, C, H, W], `copies` noisy versions of the n frames one after the other;
+        the cache holds at least the clean frames before the last of these chunks, each in a slot of its own.
         """
-        frames = noisy.shape[1]
-        positions = torch.arange(frames, device=noisy.device)
-        spans = continuation_spans(frames, self.chunk_frames, cache.frames)
+        frames = noisy.shape[1] // copies
+        assert first + frames - self.chunk_frames <= cache.frames <= cache.capacity
+        spans = continuation_spans(first, frames, self.chunk_frames, copies, self.window)
+        positions = tuple(range(first, first + frames)) * copies
         return self._velocity(self._run(noisy, t, text, positions, spans, cache), noisy, t)
 
     @torch.no_grad()
-    def remember(self, clean: Tensor, text: Tensor, cache: KVCache) -> KVCache:
-        """Append clean frames (any number of chunks, none included) to `cache` and return it."""
-        before, frames = cache.frames, clean.shape[1]
-        if frames == 0:
-            return cache
-        positions = torch.arange(before, before + frames, device=clean.device)
-        spans = tuple(
-            Span((i, i + self.chunk_frames), ((0, before + i + self.chunk_frames),))
-            for i in range(0, frames, self.chunk_frames)
-        )
-        t = torch.zeros(clean.shape[:2], device=clean.device)
-        self._run(clean, t, text, positions, spans, cache, commit=True)
-        cache.frames += frames
+    def remember(self, clean: Tensor, text: Tensor, cache: KVCache, t: float = 0.0) -> KVCache:
+        """Append clean frames (any number of chunks, none included) to `cache` and return it.
+
+        t: the time in [0, 1] that the network is told they have.
+        """
+        # Frames that overwrite others must not do so while an earlier chunk of the same pass still sees these.
+        together = cache.frames + clean.shape[1] <= cache.capacity
+        for part in clean.split(clean.shape[1] if together else self.chunk_frames, 1) if clean.shape[1] else ():
+            spans = committed_spans(cache.frames, part.shape[1], self.chunk_frames, cache.capacity, self.window)
+            times = torch.full(part.shape[:2], t, device=part.device)
+            self._run(part, times, text, _after(cache, part), spans, cache, write=True)
+            cache.frames += part.shape[1]
         return cache
+
+    def memory(self, frames: int) -> KVCache:
+        """An empty cache with a slot for each of `frames` latent frames."""
+        return KVCache(frames, self.window.sink)
 
     def _run(
         self,
         x: Tensor,
         t: Tensor,
         text: Tensor,
-        positions: Tensor,
+        positions: tuple[int, ...],
         spans: tuple[Span, ...],
         cache: KVCache | None = None,
-        commit: bool = False,
+        write: bool = False,
     ) -> Tensor:
         batch, frames = x.shape[:2]
-        patch = self.transformer.config["patch_size"]
-        cos, sin = self._rope[0].tables(positions, x.shape[3] // patch[1], x.shape[4] // patch[2])
+        config = self.transformer.config
+        rows, columns = (size // patch for size, patch in zip(x.shape[3:], config["patch_size"][1:], strict=True))
+        cos, sin = rotary_tables(positions, rows, columns, config["attention_head_dim"], x.device)
         if self.coordinates:
             x = torch.cat([x, _coordinates(x)], 2)
-        self._pass.append(Pass(frames, cos, sin, spans, cache, commit))
+        dtype = self.transformer.patch_embedding.weight.dtype
+        self._pass[:] = [Pass(frames, cos, sin, spans, cache, write)]
         try:
             (out,) = self.transformer(
-                hidden_states=x.flatten(0, 1).unsqueeze(2),
+                hidden_states=x.flatten(0, 1).unsqueeze(2).to(dtype),
                 timestep=t.flatten() * TRAIN_TIMESTEPS,
-                encoder_hidden_states=text,
+                encoder_hidden_states=text.to(dtype),
                 return_dict=False,
             )
         finally:
             self._pass.clear()
-        return out.squeeze(2).unflatten(0, (batch, frames))
+        return out.squeeze(2).unflatten(0, (batch, frames)).float()
 
     def _velocity(self, output: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         match self.prediction:
@@ -202,37 +174,8 @@ class CausalWan(nn.Module):
                 return velocity_from_clean(noisy, output, t)
 
 
-class CausalRope(nn.Module):
-    """Rotary tables at absolute frame positions, and the hand-over of the pass to every block.
-
-    Wan's split of a head of size d: 2 (d // 6) each for height and width, the rest for time; theta 10,000.
-    """
-
-    def __init__(self, head_dim: int, current: list[Pass]):
-        super().__init__()
-        self._pass = current
-        space = 2 * (head_dim // 6)
-        self.axes = (head_dim - 2 * space, space, space)
-
-    def tables(self, positions: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """cos and sin, [F height width, head_dim / 2] in float32, for frames at `positions` [F]."""
-        device = positions.device
-        grid = torch.meshgrid(
-            positions.double(),
-            torch.arange(height, device=device).double(),
-            torch.arange(width, device=device).double(),
-            indexing="ij",
-        )
-        angles = []
-        for axis, dim in zip(grid, self.axes, strict=True):
-            rates = 10_000.0 ** (-torch.arange(0, dim, 2, device=device).double() / dim)
-            angles.append(axis.reshape(-1, 1) * rates)
-        angle = torch.cat(angles, 1)
-        return angle.cos().float(), angle.sin().float()
-
-    def forward(self, hidden_states: Tensor) -> Pass:
-        """The stock forward passes what this returns to attn1's processor as `rotary_emb`."""
-        return self._pass[0]
+def _after(cache: KVCache, frames: Tensor) -> tuple[int, ...]:
+    return tuple(range(cache.frames, cache.frames + frames.shape[1]))
 
 
 class ExactTimesteps(nn.Module):
@@ -259,81 +202,3 @@ def _coordinates(x: Tensor) -> Tensor:
     batch, frames, _, height, width = x.shape
     axes = [torch.linspace(-1, 1, size, device=x.device, dtype=x.dtype) for size in (height, width)]
     return torch.stack(torch.meshgrid(*axes, indexing="ij")).expand(batch, frames, 2, height, width)
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of neighbouring pairs.  x: [B, heads, N, d]; cos, sin: [N, d / 2]."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x)
-
-
-def _heads(x: Tensor, attn: WanAttention, batch: int) -> Tensor:
-    """[B F, T, heads d] -> [B, heads, F T, d]."""
-    return x.reshape(batch, -1, attn.heads, x.shape[-1] // attn.heads).transpose(1, 2)
-
-
-def _folded(x: Tensor, attn: WanAttention, like: Tensor) -> Tensor:
-    """[B, heads, F T, d] -> the output projection of [B F, T, heads d]."""
-    x = x.transpose(1, 2).reshape(like.shape)
-    return attn.to_out[1](attn.to_out[0](x))
-
-
-class SelfAttention:
-    """Attention over the frames of a pass (and its cache), span by span."""
-
-    def __init__(self, layer: int):
-        self.layer = layer
-
-    def __call__(self, attn: WanAttention, hidden_states: Tensor, _text: None, _mask: None, rotary_emb: Pass) -> Tensor:
-        now = rotary_emb
-        batch = hidden_states.shape[0] // now.frames
-        query = _heads(attn.norm_q(attn.to_q(hidden_states)), attn, batch)
-        key = _heads(attn.norm_k(attn.to_k(hidden_states)), attn, batch)
-        value = _heads(attn.to_v(hidden_states), attn, batch)
-        query, key = rotated(query, now.cos, now.sin), rotated(key, now.cos, now.sin)
-        if now.cache is not None:
-            key, value = self._with_cache(now.cache, key, value, now.commit)
-        out = self._attend(query, key, value, now.spans, tokens=hidden_states.shape[1])
-        return _folded(out, attn, hidden_states)
-
-    def _with_cache(self, cache: KVCache, key: Tensor, value: Tensor, commit: bool) -> tuple[Tensor, Tensor]:
-        if self.layer in cache.keys:
-            key = torch.cat([cache.keys[self.layer], key], 2)
-            value = torch.cat([cache.values[self.layer], value], 2)
-        if commit:
-            cache.keys[self.layer], cache.values[self.layer] = key, value
-        return key, value
-
-    @staticmethod
-    def _attend(query: Tensor, key: Tensor, value: Tensor, spans: tuple[Span, ...], tokens: int) -> Tensor:
-        out = []
-        for span in spans:
-            q = query[:, :, span.query[0] * tokens : span.query[1] * tokens]
-            seen = [slice(start * tokens, stop * tokens) for start, stop in span.visible]
-            k, v = (
-                x[:, :, seen[0]] if len(seen) == 1 else torch.cat([x[:, :, s] for s in seen], 2) for x in (key, value)
-            )
-            out.append(F.scaled_dot_product_attention(q, k, v))
-        return torch.cat(out, 2)
-
-
-class CrossAttention:
-    """Attention of all frames of a clip to its text, whose keys and values a cache keeps."""
-
-    def __init__(self, layer: int, current: list[Pass]):
-        self.layer = layer
-        self._pass = current
-
-    def __call__(self, attn: WanAttention, hidden_states: Tensor, text: Tensor, _mask: None, _rotary: None) -> Tensor:
-        batch = text.shape[0]
-        query = _heads(attn.norm_q(attn.to_q(hidden_states)), attn, batch)
-        cache = self._pass[0].cache
-        # What is cached carries no gradient: right for the context of an update, wrong for how it reads its prompt.
-        if cache is not None and self.layer in cache.text and not torch.is_grad_enabled():
-            key, value = cache.text[self.layer]
-        else:
-            key = _heads(attn.norm_k(attn.to_k(text)), attn, batch)
-            value = _heads(attn.to_v(text), attn, batch)
-            if cache is not None and self._pass[0].commit:
-                cache.text[self.layer] = key, value
-        return _folded(F.scaled_dot_product_attention(query, key, value), attn, hidden_states)

@@ -1,4 +1,7 @@
-"""Prompts -> embeddings.  `HashedWords` is the weight-free stand-in for a text encoder in small worlds."""
+"""Prompts -> embeddings.  `HashedWords` is the weight-free stand-in for a text encoder in small worlds.
+
+Knows nothing of students and videos; `afd_train.conditioning.CachedText` keeps what costs much.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +18,41 @@ from torch import Tensor
 from afd_train.config import StudentConfig
 
 _WORD = re.compile(r"[^\W_]+")
+
+
+class TextEncoder(Protocol):
+    """What turns prompts into the tokens that a student attends to.  No method computes gradients."""
+
+    tokens: int
+    dim: int
+    dtype: torch.dtype  # that the embeddings were computed in and lose nothing in
+
+    @property
+    def identity(self) -> str:
+        """Names the function that `encode` is, for folders of cached embeddings."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """[B] texts -> float32 [B, tokens, dim] on the CPU, zeros after a prompt's last token.
+
+        A prompt's embedding does not depend on the others.
+        """
+        ...
+
+    def release(self) -> None:
+        """Drop the weights from memory; they are loaded again when they are needed."""
+        ...
+
+
+def open_text_encoder(config: StudentConfig) -> TextEncoder:
+    """The text encoder that `student.text_encoder` names.  Reads nothing yet."""
+    match config.text_encoder:
+        case "hashed-words":
+            return HashedWords(config)
+        case "umt5":
+            from afd_train.students.umt5 import Umt5
+
+            return Umt5(config)
 
 
 class HashedWords:
@@ -25,6 +64,8 @@ class HashedWords:
     def __init__(self, config: StudentConfig):
         self.tokens = config.text_tokens
         self.dim = config.text_dim
+        self.dtype = torch.float32
+        self.identity = f"hashed-words-{self.tokens}x{self.dim}"
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """[B] texts -> [B, text_tokens, text_dim]; longer prompts are cut, shorter ones padded with zeros."""
@@ -33,6 +74,9 @@ class HashedWords:
             for position, word in enumerate(_WORD.findall(prompt.lower())[: self.tokens]):
                 row[position] = _word_vector(word, position, self.dim)
         return out
+
+    def release(self) -> None:
+        """There are no weights."""
 
 
 @lru_cache(maxsize=65536)

@@ -19,7 +19,7 @@ from afd_data.config import VideoConfig
 from afd_train.config import StudentConfig
 from afd_train.flow import clean_from_velocity, noised
 from afd_train.students import Clip, Student, new_student
-from afd_train.students.causal_wan import KVCache
+from afd_train.students.attention import KVCache
 
 VIDEO = VideoConfig(width=16, height=16, frames=12, fps=8.0)
 

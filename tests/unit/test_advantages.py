@@ -13,6 +13,10 @@ def scores(seed: int = 0) -> torch.Tensor:
     return torch.randn(6, 4, generator=generator) + 10 * torch.randn(6, 1, generator=generator)
 
 
+def draws(seed: int, *shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
 def test_the_baseline_is_the_mean_of_the_prompts_own_group():
     # Groups (1, 3) and (10, 10): centred -1, 1, 0, 0; standard deviation over all of them sqrt(2 / 4).
     advantages = group_advantages(torch.tensor([[1.0, 3.0], [10.0, 10.0]]))
@@ -54,7 +58,7 @@ def test_weights_average_one_half_for_every_prompt():
 
 def test_shuffling_keeps_every_groups_values():
     advantages = group_advantages(scores())
-    moved = shuffled(advantages, torch.Generator().manual_seed(3))
+    moved = shuffled(advantages, draws(3, *advantages.shape))
     assert not torch.equal(moved, advantages)
     assert torch.equal(moved.sort(1).values, advantages.sort(1).values)
 
@@ -62,11 +66,10 @@ def test_shuffling_keeps_every_groups_values():
 def test_shuffling_breaks_the_tie_between_rollout_and_advantage():
     # A uniformly drawn permutation of a row that sums to 0 has no correlation with the row, on average.
     advantages = group_advantages(torch.randn(20_000, 4, generator=torch.Generator().manual_seed(0)))
-    moved = shuffled(advantages, torch.Generator().manual_seed(1))
+    moved = shuffled(advantages, draws(1, *advantages.shape))
     assert abs(float((moved * advantages).mean())) < 0.02
 
 
-def test_shuffling_follows_from_its_generator():
-    advantages = group_advantages(scores())
-    first, second = (shuffled(advantages, torch.Generator().manual_seed(5)) for _ in range(2))
-    assert torch.equal(first, second)
+def test_the_draws_order_is_the_new_order():
+    moved = shuffled(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.5, 0.9, 0.1]]))
+    assert moved.tolist() == [[3.0, 1.0, 2.0]]

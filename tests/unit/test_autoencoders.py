@@ -71,3 +71,16 @@ def test_what_is_brighter_than_white_becomes_white():
     found = autoencoder()
     assert found.decode(torch.full((1, 1, 48, 1, 1), 100.0)).unique().tolist() == [255]
     assert found.decode(torch.full((1, 1, 48, 1, 1), -100.0)).unique().tolist() == [0]
+
+
+def test_a_stream_of_pixels_gives_the_frames_of_the_whole():
+    found = autoencoder()
+    latents = torch.randn(2, 3, 48, 4, 4, generator=torch.Generator().manual_seed(0))
+    stream = found.stream()
+    assert torch.equal(torch.cat([stream(latents[:, :1]), stream(latents[:, 1:])], 1), found.decode(latents))
+
+
+def test_pixel_settings_that_change_latents_change_the_identity():
+    settings: list[dict] = [{}, {"pixel_factor": 2}, {"pixel_scale": 4.0}, {"pixel_centre": (128, 128, 129)}]
+    assert len({autoencoder(**each).identity for each in settings}) == 4
+    assert autoencoder().identity == autoencoder(dim=256).identity

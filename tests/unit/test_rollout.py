@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from afd_train.flow import clean_from_velocity, noised
 from afd_train.rollout import NoiseSource, clip_generator, rollout
 from afd_train.students import Clip
-from afd_train.students.causal_wan import KVCache
+from afd_train.students.attention import KVCache
 
 PROMPTS = [("p1", "a red ball falls"), ("p2", "two blue boxes"), ("p3", "a green ball rolls")]
 CLIPS = [Clip(key, text, seed=3, take=take) for key, text in PROMPTS for take in range(2)]

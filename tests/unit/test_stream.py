@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from afd_data.errors import UserError
 from afd_data.index import index_path, update_index
 from afd_data.sample import Sample
 from afd_data.shards import Content, Manifest, write_manifest, write_shard
-from afd_data.stream import Stream, epoch_order, share_of
+from afd_data.stream import Stream, epoch_order
 from afd_data.video import write_mp4
 
 VIDEO = VideoConfig(width=16, height=16, frames=3, fps=8.0, lossless=True)
@@ -82,7 +83,7 @@ def sealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stream(folder: Path, seed: int = 0, **settings: object) -> Stream:
-    places = {name: settings.pop(name) for name in ("rank", "ranks", "video") if name in settings}
+    places = {name: settings.pop(name) for name in ("rank", "ranks", "video", "decode") if name in settings}
     return Stream(folder, StreamConfig(**settings), "train", seed, **places)  # type: ignore[arg-type]
 
 
@@ -116,17 +117,11 @@ def test_the_first_take_of_a_prompt_is_not_always_the_first_visited() -> None:
     assert 10 < Counter(first_takes)["p-00"] < 40
 
 
-def test_ranks_and_workers_partition_an_epoch() -> None:
-    order = epoch_order(TAKES, seed=1, epoch=0)
-    shares = [share_of(order, rank, 3, worker, 2) for rank in range(3) for worker in range(2)]
-    assert sorted(key for share in shares for key in share) == sorted(order)
-    assert share_of(order, 1, 3) == order[1::3]
-
-
-def test_ranks_read_together_what_one_rank_reads(sealed: Path) -> None:
-    alone = keys(stream(sealed), 7)
-    together = [keys(stream(sealed, rank=rank, ranks=2), 3) for rank in (0, 1)]
-    assert [key for pair in zip(*together, strict=True) for key in pair] == alone[:6]
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_ranks_read_together_what_one_rank_reads_over_all_epochs(sealed: Path, ranks: int) -> None:
+    alone = keys(stream(sealed), 6 * ranks)  # of 7 samples, which no number of ranks divides
+    together = [keys(stream(sealed, rank=rank, ranks=ranks), 6) for rank in range(ranks)]
+    assert [key for row in zip(*together, strict=True) for key in row] == alone
 
 
 def test_the_order_does_not_depend_on_shards_or_index(sealed: Path, tmp_path: Path) -> None:
@@ -283,8 +278,6 @@ def replace_video(**change: object) -> VideoConfig:
 def test_a_folder_without_samples_says_what_to_run(sealed: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no train samples\. Run `afd cache-teacher`"):
         stream(tmp_path)
-    with pytest.raises(UserError, match="7 train samples cannot feed 8 ranks"):
-        stream(sealed, rank=7, ranks=8)
 
 
 def test_a_sample_is_found_by_its_key(sealed: Path) -> None:
@@ -294,3 +287,38 @@ def test_a_sample_is_found_by_its_key(sealed: Path) -> None:
     with pytest.raises(UserError, match="no train sample 'p9-00'"):
         source.example("p9-00")
     assert source.drawn == 0
+
+
+def test_without_decoding_examples_are_the_same_but_for_their_frames(sealed: Path) -> None:
+    decoded, plain = stream(sealed).next_batch(7), stream(sealed, decode=False, video=VIDEO).next_batch(7)
+    for with_frames, without in zip(decoded, plain, strict=True):
+        assert without.video.shape == (0, 16, 16, 3)
+        assert without.video.dtype == np.uint8
+        assert replace(with_frames, video=without.video) == without
+
+
+def test_worker_processes_need_not_decode_either(sealed: Path) -> None:
+    with stream(sealed, workers=1, decode=False) as source:
+        assert [len(example.video) for example in source.next_batch(3)] == [0, 0, 0]
+
+
+def test_without_decoding_clips_are_still_checked(sealed: Path, tmp_path: Path) -> None:
+    folder = cache(tmp_path / "cache")
+    damage(folder, "p1-00", "mp4")
+    with pytest.raises(UserError, match=r"p1-00\.mp4 is not what was sealed"):
+        stream(folder, decode=False).next_batch(7)
+    with pytest.raises(UserError, match="the recipe wants"):
+        stream(sealed, decode=False, video=replace_video(frames=12)).next_batch(1)
+
+
+def test_a_sample_can_be_decoded_all_the_same(sealed: Path) -> None:
+    source = stream(sealed, decode=False)
+    assert len(source.example("p2-01").video) == 0
+    assert np.array_equal(source.decoded("p2-01").video, stream(sealed).example("p2-01").video)
+    with pytest.raises(UserError, match="no train sample 'p9-00'"):
+        source.decoded("p9-00")
+
+
+def test_an_example_knows_the_hash_of_its_mp4(sealed: Path) -> None:
+    for example in stream(sealed).next_batch(7):
+        assert example.mp4_sha256 == example.sample.video_sha256

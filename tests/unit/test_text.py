@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from afd_train.config import StudentConfig
-from afd_train.students.text import HashedWords
+from afd_train.students.text import HashedWords, open_text_encoder
 
 WORDS = HashedWords(StudentConfig(text_tokens=5, text_dim=16))
 MEANING = 16 - 4  # numbers of a vector that say which word; the other quarter says where it stands
@@ -53,3 +53,13 @@ def test_a_words_direction_follows_from_its_sha256():
     seed = int.from_bytes(hashlib.sha256(b"red").digest()[:7], "big")
     direction = torch.randn(MEANING, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(WORDS.encode(["Red"])[0, 0, :MEANING], direction)
+
+
+def test_settings_that_change_vectors_change_the_identity():
+    settings: list[dict] = [{"text_tokens": 5}, {"text_tokens": 6}, {"text_dim": 16}]
+    assert len({HashedWords(StudentConfig(**each)).identity for each in settings}) == 3
+
+
+def test_the_recipe_says_which_encoder_it_is():
+    assert type(open_text_encoder(StudentConfig())).__name__ == "HashedWords"
+    assert type(open_text_encoder(StudentConfig(text_encoder="umt5"))).__name__ == "Umt5"

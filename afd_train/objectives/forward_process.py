@@ -1,0 +1,160 @@
+"""The student's update (eqs. 3 to 5): its own clips, noised, and the velocity moved towards or away from them.
+
+All forms give the same gradient where they claim to: at once or in parts (`train.clips_per_pass`), whole clips or
+chunk by chunk (`train.chunk_by_chunk`).  `context_gradient` is another one: teacher forcing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from afd_data.stream import Example
+from afd_train.config import AfdConfig
+from afd_train.flow import noised, velocity
+from afd_train.losses import forward_process_loss, per_clip_mse, prior_loss
+from afd_train.objectives import Metrics, Setup
+from afd_train.objectives.judge import Part, parts_of
+from afd_train.policies import Policy
+from afd_train.rollout import Sampler
+from afd_train.students.attention import KVCache
+
+
+@dataclass(frozen=True)
+class Step:
+    """K rollouts of every prompt of a step, by prompt, then take.
+
+    clips: [P K, F, C, H, W]; context: what the student remembered of them, [P K, F - chunk, C, H, W]; cache: its keys
+    and values where all clips were drawn at once.
+    """
+
+    number: int
+    examples: Sequence[Example]
+    takes: int
+    clips: Tensor
+    context: Tensor
+    cache: KVCache | None
+
+    @staticmethod
+    def drawn(setup: Setup, examples: Sequence[Example], step: int) -> Step:
+        """Roll out the current student."""
+        takes = setup.config.rollouts_per_prompt
+        clips, context, cache = [], [], None
+        for part in parts_of(len(examples), takes, setup.config.clips_per_pass):
+            drawn = setup.rollout(examples[part.prompts], step, part.takes)
+            clips.append(drawn.clips)
+            context.append(drawn.context)
+            cache = drawn.cache
+        one = len(clips) == 1
+        return Step(step, examples, takes, torch.cat(clips), torch.cat(context), cache if one else None)
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """Clips of a part, each noised n times; the versions stand one after the other along the frames.
+
+    x, target: [B, n F, C, H, W]; t: [B, n F]; text: [P, L, D].
+    """
+
+    x: Tensor
+    t: Tensor
+    target: Tensor
+    text: Tensor
+
+    def rows(self, rows: Sequence[int]) -> Noisy:
+        """Some of the clips, each with a text of its own."""
+        takes = len(self.x) // len(self.text)
+        return Noisy(self.x[rows], self.t[rows], self.target[rows], self.text[[row // takes for row in rows]])
+
+
+class ForwardProcess:
+    """One update of the student on weighted rollouts."""
+
+    def __init__(self, setup: Setup, config: AfdConfig):
+        self._setup = setup
+        self._config = config
+        self._sampler = Sampler.of(setup.student.config, training=True)
+
+    def update(self, drawn: Step, weight: Tensor) -> Metrics:
+        """weight: [P K] in [0, 1]."""
+        sums = {"loss": 0.0, "deviation": 0.0, "prior": 0.0, "reference": 0.0}
+        for part in parts_of(len(drawn.examples), drawn.takes, self._setup.config.clips_per_pass):
+            for name, value in self._accumulate(drawn, part, weight[part.rows]).items():
+                sums[name] += value
+        norm = self._setup.trainee.step(drawn.number)
+        return {
+            "student/loss": sums["loss"],
+            "student/grad_norm": norm,
+            "student/old_policy_deviation": sums["deviation"],
+            "student/reference_distance": sums["prior"] / sums["reference"],
+        }
+
+    def _accumulate(self, drawn: Step, part: Part, weight: Tensor) -> dict[str, float]:
+        """Add the gradient of a part of the clips; returns its share of the sums in the log."""
+        clips, context = drawn.clips[part.rows], drawn.context[part.rows]
+        noisy = self._noisy(drawn, part)
+        v_old = self._frozen("old", noisy, context)
+        # The prior's weight is 1e-4 and its cost is not: one clip a prompt is compared, the same on every process.
+        take = drawn.number % drawn.takes - part.takes.start
+        group = len(part.takes)
+        rows = list(range(take, len(clips), group)) if 0 <= take < group else []
+        v_reference = self._frozen("reference", noisy.rows(rows), context[rows]) if rows else None
+        share, of_prompts = len(clips) / len(drawn.clips), len(rows) / len(drawn.examples)
+        sums = {"loss": 0.0, "deviation": 0.0, "prior": 0.0, "reference": 0.0}
+        for frames, v in self._student(noisy, clips, context, drawn.cache):
+            size = len(frames) / noisy.x.shape[1]
+            loss = share * size * forward_process_loss(
+                v, v_old[:, frames], noisy.target[:, frames], weight, self._config.policy_mix
+            )  # fmt: skip
+            sums["loss"] += float(loss.detach())
+            sums["deviation"] += share * size * float(per_clip_mse(v.detach(), v_old[:, frames]).mean())
+            if v_reference is not None:
+                prior = of_prompts * size * prior_loss(v[rows], v_reference[:, frames])
+                sums["prior"] += float(prior.detach())
+                sums["reference"] += of_prompts * size * float(v_reference[:, frames].square().mean())
+                loss = loss + self._config.prior_weight * prior
+            self._setup.trainee.accumulate(loss)
+        return sums
+
+    def _noisy(self, drawn: Step, part: Part) -> Noisy:
+        """Eq. 3 at times of the student's own sampler, the same step of it for a whole clip."""
+        examples, clips, copies = drawn.examples[part.prompts], drawn.clips[part.rows], self._config.noisings_per_clip
+        draws = self._setup.draws(drawn.number, "forward process", examples, part.takes)
+        where, frames = draws.uniform(copies), clips.shape[1]
+        chunk = self._setup.student.config.chunk_frames
+        first, other = (
+            torch.tensor(times, device=where.device)[(where * len(times)).long()]
+            for times in (self._sampler.first_times, self._sampler.times)
+        )
+        t = torch.cat([first[:, :, None].expand(-1, -1, chunk), other[:, :, None].expand(-1, -1, frames - chunk)], 2)
+        t, noise = t.flatten(1), draws.normal(copies * frames, *clips.shape[2:])
+        clean = clips.repeat(1, copies, 1, 1, 1)
+        return Noisy(noised(clean, noise, t), t, velocity(clean, noise), self._setup.text(examples))
+
+    def _frozen(self, policy: Policy, noisy: Noisy, context: Tensor) -> Tensor:
+        """Another policy's velocity on the same clean context: [B, n F, C, H, W]."""
+        setup = self._setup
+        with setup.trainee.acting(policy) as net, setup.processes.unsharded(net):
+            cache = net.remember(context, noisy.text, net.memory(context.shape[1]), self._sampler.context_time)
+            return net.chunks(noisy.x, noisy.t, noisy.text, cache, copies=self._config.noisings_per_clip)
+
+    def _student(
+        self, noisy: Noisy, clips: Tensor, context: Tensor, cache: KVCache | None
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """The student's velocity with gradient, and the frames of `noisy` that it is for, piece by piece."""
+        net, copies, frames = self._setup.trainee.net, self._config.noisings_per_clip, clips.shape[1]
+        if self._config.context_gradient:
+            clean = torch.cat([context, clips[:, context.shape[1] :]], 1)
+            clean_t = torch.full(clean.shape[:2], self._sampler.context_time, device=clean.device)
+            yield list(range(copies * frames)), net(noisy.x, noisy.t, noisy.text, clean, clean_t)
+            return
+        if cache is None:
+            with self._setup.processes.unsharded(net):
+                cache = net.remember(context, noisy.text, net.memory(context.shape[1]), self._sampler.context_time)
+        size = net.chunk_frames if self._setup.config.chunk_by_chunk else frames
+        for first in range(0, frames, size):
+            piece = [copy * frames + frame for copy in range(copies) for frame in range(first, first + size)]
+            yield piece, net.chunks(noisy.x[:, piece], noisy.t[:, piece], noisy.text, cache, first, copies)
