@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,7 @@ from afd_data.prompts import Prompt, load_prompts
 from afd_data.sample import SPLITS
 from afd_data.teachers import Teacher, open_teacher
 from afd_train.config import Recipe, TrainConfig
+from afd_train.memory import table as memory_table
 from afd_train.recipe import LoadedRecipe
 from afd_train.recipe_yaml import Value, child_of
 from afd_train.runs import cache_folder, eval_folder, stream_folder, train_folder
@@ -119,9 +121,21 @@ def _present(folder: Path, fingerprints: set[str]) -> int:
 
 
 def _train_lines(recipe: Recipe) -> list[str]:
-    runs = [*((f"pretrain.{index}: ", run) for index, run in enumerate(recipe.pretrain)), ("", recipe.train)]
-    lines = [f"{'train':<14} {name}{_run_text(run)}" for name, run in runs]
+    runs = [*((f"pretrain.{index}", run) for index, run in enumerate(recipe.pretrain)), ("train", recipe.train)]
+    lines = []
+    for name, run in runs:
+        lines.append(f"{'train':<14} {'' if name == 'train' else f'{name}: '}{_run_text(run)}")
+        lines += [f"{'':<14} {line}" for line in _memory_lines(recipe, run, name)]
     return [*lines, f"               reads {stream_folder(recipe)}, writes {train_folder(recipe)}"]
+
+
+def _memory_lines(recipe: Recipe, run: TrainConfig, name: str) -> list[str]:
+    """For as many processes as `accelerate launch` started, sharded where it says so."""
+    # The variables that accelerate itself reads; asking accelerate would load torch.
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if run.shard == "auto" and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        run = run.model_copy(update={"shard": "always"})
+    return memory_table(recipe, run, processes, name)
 
 
 def _run_text(run: TrainConfig) -> str:

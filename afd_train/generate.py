@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from afd_data.config import VideoConfig
+from afd_data.errors import UserError
 from afd_data.prompts import prompt_id
 from afd_data.video import Mp4Writer
-from afd_train.students import Clip
+from afd_train.students import Clip, best_device
 from afd_train.students.folder import open_student
 
 
@@ -17,19 +23,33 @@ def generate(
     target: Path,
     seed: int = 0,
     chunks: int | None = None,
+    image: Path | None = None,
     progress: Callable[[int], None] = lambda frames: None,
 ) -> int:
     """Write a video of `prompt` to `target` and return its number of frames.
 
     `chunks`: length in chunks of the student, default the length it was trained for; longer is allowed.
+    `image`: a picture that becomes the first frame, its middle where it has another shape (frame-wise students only).
     `progress` hears the number of frames after every chunk.  Raises UserError for a folder that holds no student.
     """
     opened = open_student(student)
+    opened.net.to(best_device())
     clip = Clip(prompt_id(prompt), prompt, seed, take=0)
+    first = None if image is None else _picture(image, opened.video)
     frames = 0
     with Mp4Writer(target, opened.video) as writer:
-        for chunk in opened.stream(clip, chunks):
+        for chunk in opened.stream(clip, chunks, first):
             writer.add(chunk)
             frames += len(chunk)
             progress(frames)
     return frames
+
+
+def _picture(path: Path, video: VideoConfig) -> torch.Tensor:
+    """uint8 [H, W, 3]."""
+    try:
+        with Image.open(path) as opened:
+            picture = ImageOps.fit(opened.convert("RGB"), (video.width, video.height))
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise UserError(f"--image {path}: not a picture ({error})") from None
+    return torch.from_numpy(np.array(picture))

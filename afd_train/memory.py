@@ -60,13 +60,15 @@ class _Change:
     processes: tuple[int, ...] = ()  # as many as there are alternatives; none: as they are
 
 
-def advice(parts: list[Part], recipe: Recipe, run: TrainConfig, processes: int = 1) -> list[str]:
+def advice(
+    parts: list[Part], recipe: Recipe, run: TrainConfig, processes: int = 1, section: str = "train"
+) -> list[str]:
     """What to change, all of it together, so that `run` fits: least harm first, with what each saves; [] if it fits.
 
-    parts: what `estimate` says of the same arguments.  Lines name settings as `--set KEY=VALUE`.
+    parts: what `estimate` says of the same arguments; section: where the recipe has `run`, such as `pretrain.0`.  Lines
+    name settings as `--set KEY=VALUE`.
     """
     lines: list[str] = []
-    section = _section(recipe, run)
     for change in _changes(run, Load.of(recipe, run, processes).clips, processes):
         if missing(parts, run) <= 0:
             break
@@ -137,27 +139,25 @@ def _sets(section: str, settings: dict[str, Any]) -> str:
     return " ".join(f"--set {section}.{key}={json.dumps(value).strip(chr(34))}" for key, value in settings.items())
 
 
-def _section(recipe: Recipe, run: TrainConfig) -> str:
-    """Where a recipe has this run."""
-    indices = [index for index, other in enumerate(recipe.pretrain) if other is run]
-    return f"pretrain.{indices[0]}" if indices else "train"
-
-
-def table(recipe: Recipe, run: TrainConfig, processes: int = 1) -> list[str]:
+def table(recipe: Recipe, run: TrainConfig, processes: int = 1, section: str = "train") -> list[str]:
     """The estimate as lines of text, its sum against the GPU's memory, and advice; one line where it is small."""
     parts = estimate(recipe, run, processes)
     if run.gpu_memory_gb is None and total(parts) < SMALL_BYTES:
         return [f"memory about {total(parts) / GIB:.1f} GiB"]
     lines = [f"{part.bytes / GIB:8.2f} GiB  {part.name}: {part.why}" for part in parts if part.bytes >= GIB / 200]
-    lines.append(f"{total(parts) / GIB:8.2f} GiB  {_verdict(parts, run)}")
-    names = memory_parts.phases(recipe, run, Load.of(recipe, run, processes)).items()
-    lines.append("of which, by phase: " + ", ".join(f"{name} {total(added) / GIB:.1f}" for name, added in names))
-    return ["memory of a GPU, estimated:", *lines, *(f"  {line}" for line in advice(parts, recipe, run, processes))]
+    added = memory_parts.phases(recipe, run, Load.of(recipe, run, processes))
+    phases = ", ".join(f"{name} {total(phase) / GIB:.1f}" for name, phase in added.items())
+    lines += [
+        f"{total(parts) / GIB:8.2f} GiB  {_verdict(parts, run)}",
+        f"(GiB that the phases of a step add: {phases})",
+    ]
+    heading = f"memory of {'the GPU' if processes == 1 else f'each of {processes} GPUs'}, by arithmetic:"
+    return [heading, *lines, *advice(parts, recipe, run, processes, section)]
 
 
 def _verdict(parts: list[Part], run: TrainConfig) -> str:
     if run.gpu_memory_gb is None:
         return "together; train.gpu_memory_gb is not given"
-    lacking = missing(parts, run) / GIB
-    outcome = f"fits, {-lacking:.1f} GiB are left" if lacking <= 0 else f"does not fit, {lacking:.1f} GiB are missing"
-    return f"together; of {run.gpu_memory_gb:g} GB: {outcome}" + ("; change:" if lacking > 0 else "")
+    left = -missing(parts, run) / GIB
+    outcome = f"fits, {left:.1f} GiB are left" if left >= 0 else f"does not fit, {-left:.1f} GiB are missing; try"
+    return f"together; of {run.gpu_memory_gb:g} GB: {outcome}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from afd_train.config import FullConfig, LatentShape, LoraConfig, Recipe, StudentConfig, TrainConfig
+from afd_train.config import AfdConfig, FullConfig, LatentShape, LoraConfig, Recipe, StudentConfig, TrainConfig
 
 PATCH = 2  # latent pixels a side of a token of Wan's transformer
 FLOAT32 = 4
@@ -28,16 +28,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Load:
-    """What one process works on: clips and prompts of a step and of a pass, and the size of a clip."""
+    """What one process works on: clips of a step, clips and prompts of a pass, and the size of a clip."""
 
     step_clips: int
-    step_prompts: int
     clips: int
     prompts: int
     shape: LatentShape
     frame_tokens: int
     shards: int  # processes that weights and optimiser are divided by
-    kept: bool  # one pass has all clips of a step, and their keys and values stay until the update
 
     @staticmethod
     def of(recipe: Recipe, run: TrainConfig, processes: int) -> Load:
@@ -46,10 +44,14 @@ class Load:
         prompts = math.ceil(run.prompts_per_step / processes)
         clips = min(run.clips_per_pass or prompts * group, prompts * group)
         shape = recipe.student.latent_shape(recipe.video)
-        tokens = (shape.height // PATCH) * (shape.width // PATCH)
-        shards = processes if run.shard == "always" else 1
-        kept = clips == prompts * group
-        return Load(prompts * group, prompts, clips, math.ceil(clips / group), shape, tokens, shards, kept)
+        return Load(
+            step_clips=prompts * group,
+            clips=clips,
+            prompts=math.ceil(clips / group),
+            shape=shape,
+            frame_tokens=(shape.height // PATCH) * (shape.width // PATCH),
+            shards=processes if run.shard == "always" else 1,
+        )
 
 
 def parameter_count(student: StudentConfig) -> int:
@@ -99,7 +101,7 @@ def copies(student: StudentConfig, run: TrainConfig, load: Load) -> list[Part]:
 
 
 def clips(student: StudentConfig, load: Load) -> list[Part]:
-    """Latents, float32: of a step as drawn and as remembered, of a pass as seen at all steps, noised, and as targets."""
+    """Latents, float32: of a step as drawn and as remembered, of a pass at all steps, noised, and as targets."""
     shape = load.shape
     latents = shape.frames * shape.channels * shape.height * shape.width
     count = 2 * load.step_clips + (len(student.steps) + 4) * load.clips + load.prompts
@@ -121,19 +123,20 @@ def discriminator(recipe: Recipe, run: TrainConfig, load: Load) -> list[Part]:
 
 def phases(recipe: Recipe, run: TrainConfig, load: Load) -> dict[str, list[Part]]:
     """What each phase of a step adds, by its name."""
-    student, afd = recipe.student, run.objective.name == "afd"
-    if run.objective.name == "flow-matching":
+    student, objective = recipe.student, run.objective
+    if objective.name == "flow-matching":
         return {"update": update(student, run, load)}
     own = keys_and_values(student, load)
-    kept = own if load.kept else []
+    # Of clips that are all drawn in one pass they stay until the update.
+    kept = own if load.clips == load.step_clips else []
     other = [Part(f"{part.name} of another policy", part.bytes, "old, reference") for part in own]
     all_phases = {"drawing": [*own, *_together(student, run, load)]}
-    if not afd:
+    if not isinstance(objective, AfdConfig):
         return all_phases | {"update": [*own, *other, *update(student, run, load)]}
     all_phases["discriminator"] = [*kept, *scoring(recipe, run, load)]
     all_phases["old policy"] = [*kept, *other, *_asked(student, run, load), *_together(student, run, load)]
-    needed = [] if run.objective.context_gradient else own
-    return all_phases | {"update": [*(kept or needed), *update(student, run, load)]}
+    needed = kept if objective.context_gradient else own
+    return all_phases | {"update": [*needed, *update(student, run, load)]}
 
 
 def keys_and_values(student: StudentConfig, load: Load) -> list[Part]:
@@ -246,7 +249,8 @@ def _weight_bytes(student: StudentConfig) -> int:
 
 
 def _time_embedding(student: StudentConfig) -> int:
-    return _linear(student.frequency_dim or student.dim, student.dim) + _linear(student.dim, student.dim)
+    dim = student.dim
+    return _linear(student.frequency_dim or dim, dim) + _linear(dim, dim)
 
 
 def _linear(inputs: int, outputs: int) -> int:

@@ -8,15 +8,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from afd_train.config import StudentConfig
 from afd_train.flow import clean_from_velocity, nearest_time, noised, schedule
-from afd_train.students.attention import KVCache
-from afd_train.students.causal_wan import CausalWan
+
+if TYPE_CHECKING:  # a student rolls out: its package imports this module
+    from afd_train.students.attention import KVCache
+    from afd_train.students.causal_wan import CausalWan
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def evaluate(recipe) -> None:
     help="Stop after this stage.",
 )
 def run(recipe, until: str) -> None:
-    """Do a recipe's stages in order: cache-teacher, train, eval.
+    """Do a recipe's stages in order: cache-teacher, train, eval, and export if the recipe has export.formats.
 
     \b
       afd run quickstart
@@ -103,7 +103,13 @@ def run(recipe, until: str) -> None:
     "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Another seed, another video."
 )
 @click.option("--chunks", type=click.IntRange(1), default=None, help="Length in chunks; default: as in training.")
-def generate(student: str, prompt: str, output: Path, seed: int, chunks: int | None) -> None:
+@click.option(
+    "--image",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    default=None,
+    help="Picture to go on from (frame-wise students).",
+)
+def generate(student: str, prompt: str, output: Path, seed: int, chunks: int | None, image: Path | None) -> None:
     """Write a video of PROMPT, made chunk by chunk.
 
     STUDENT is a student's folder, or a recipe that has been trained.
@@ -112,7 +118,7 @@ def generate(student: str, prompt: str, output: Path, seed: int, chunks: int | N
       afd generate quickstart "a red ball falls and bounces" -o ball.mp4
       afd generate runs/mine/train/students/ema "a blue ball rolls" --seed 3
     """
-    stages.generate(student, prompt, output, seed, chunks)
+    stages.generate(student, prompt, output, seed, chunks, image)
 
 
 main.add_command(export)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from afd_data.errors import UserError
 
 from .students import student_folder
 
-NAMES = ("cache-teacher", "train", "eval")
+NAMES = ("cache-teacher", "train", "eval", "export")
 
 
 def cache_teacher(recipe) -> None:
@@ -48,17 +49,31 @@ def evaluate(recipe) -> None:
     click.echo(f"Report: {report}")
 
 
+def export(recipe) -> None:
+    """Write the trained student in the recipe's formats."""
+    from afd_train.export import export_all
+
+    for path in export_all(recipe):
+        click.echo(f"Wrote {path}")
+
+
 def run(recipe, until: str) -> None:
-    """The stages up to `until`, each under a heading."""
-    stages: dict[str, Callable] = {"cache-teacher": cache_teacher, "train": train, "eval": evaluate}
-    for number, name in enumerate(NAMES[: NAMES.index(until) + 1], start=1):
-        click.secho(f"[{number}/{NAMES.index(until) + 1}] {name}", bold=True)
+    """The stages up to `until`, each under a heading; `export` where the recipe names formats.
+
+    Under `accelerate launch` all processes train, and the first does the rest.
+    """
+    stages: dict[str, Callable] = {"cache-teacher": cache_teacher, "train": train, "eval": evaluate, "export": export}
+    names = [name for name in NAMES[: NAMES.index(until) + 1] if name != "export" or recipe.export.formats]
+    if int(os.environ.get("RANK", "0")) > 0:
+        names = [name for name in names if name == "train"]
+    for number, name in enumerate(names, start=1):
+        click.secho(f"[{number}/{len(names)}] {name}", bold=True)
         start = time.monotonic()
         stages[name](recipe)
         click.echo(f"{name} took {time.monotonic() - start:.0f} s\n")
 
 
-def generate(student: str, prompt: str, output: Path, seed: int, chunks: int | None) -> None:
+def generate(student: str, prompt: str, output: Path, seed: int, chunks: int | None, image: Path | None) -> None:
     """Write one video; `student` is a folder or a recipe's name."""
     from afd_data.prompts import normalise
 
@@ -67,7 +82,7 @@ def generate(student: str, prompt: str, output: Path, seed: int, chunks: int | N
     prompt = normalise(prompt, "PROMPT")  # as training saw it: the noise is drawn from the text
     from afd_train.generate import generate
 
-    generate(student_folder(student), prompt, output, seed, chunks)
+    generate(student_folder(student), prompt, output, seed, chunks, image)
     click.echo(f"Wrote {output}")
 
 

@@ -11,13 +11,13 @@ def new_discriminator(config: DiscriminatorConfig, student: Student, seed: int) 
     """A discriminator with random weights for clips of this student's shape."""
     match config.name:
         case "spacetime":
-            factor = student.autoencoder.factor
+            shape = student.shape
             return SpaceTime(
                 config,
-                frames=student.video.frames,
-                channels=student.autoencoder.channels,
-                height=student.video.height // factor,
-                width=student.video.width // factor,
+                frames=shape.frames,
+                channels=shape.channels,
+                height=shape.height,
+                width=shape.width,
                 text_dim=student.config.text_dim,
                 seed=seed,
             )

@@ -22,10 +22,11 @@ from afd_data.index import read_index
 from afd_data.sample import sample_key
 from afd_data.shards import read_manifest
 from afd_data.video import Decoder, read_video, write_mp4
+from afd_train.conditioning import CachedText
 from afd_train.config import StudentConfig
+from afd_train.students import SAMPLER, best_device
+from afd_train.students.folder import open_student
 
-# Prompts generated before their videos are written: what is lost when the process dies.
-GROUP_PROMPTS = 16
 SOURCE = "source.json"
 
 
@@ -93,17 +94,19 @@ def generate(
     video: VideoConfig,
     sampler: StudentConfig,
     target: Path,
+    conditioning: Path,
+    batch: int = 64,
 ) -> Iterator[int]:
     """Write the videos of one student to `target`/KEY.mp4; yields how many prompts are done, as they are.
 
-    Of `sampler` only steps and shift are read.  Videos of the same student, seed, format and sampler that lie there
-    already are kept.
+    Of `sampler` only the keys in SAMPLER are read; `conditioning` is the folder that keeps embeddings; `batch` videos
+    are drawn at once.  Videos of the same student, seed, format and sampler that lie there already are kept.
     """
     source = {
         "student": folder_sha256(student),
         "seed": seed,
         "video": video.model_dump(),
-        "sampler": {"steps": list(sampler.steps), "shift": sampler.shift},
+        "sampler": sampler.model_dump(mode="json", include=set(SAMPLER)),
     }
     _keep_only(target, source)
     missing = [
@@ -113,17 +116,18 @@ def generate(
     yield done
     if not missing:
         return
-    from afd_train.flow import schedule
-    from afd_train.students.folder import open_student
-
     opened = open_student(student)
     made, wanted = ((v.width, v.height, v.frames, v.fps) for v in (opened.video, video))
     if made != wanted:
         raise UserError(f"{student}: makes videos of (width, height, frames, fps) {made}, the recipe's are {wanted}")
-    opened.times = schedule(sampler.steps, sampler.shift)
-    for start in range(0, len(missing), GROUP_PROMPTS):
-        group = missing[start : start + GROUP_PROMPTS]
-        videos = opened.videos(group, seed, takes)
+    opened.net.to(best_device())
+    opened = opened.sampled_as(sampler)
+    opened.text = text = CachedText(opened.text, conditioning)
+    text.fill([prompt for _, prompt in missing])
+    together = max(1, batch // takes)  # and written together: what is lost when the process dies
+    for start in range(0, len(missing), together):
+        group = missing[start : start + together]
+        videos = opened.videos(group, seed, takes, batch)
         for (prompt_id, _), of_prompt in zip(group, videos, strict=True):
             for take, frames in enumerate(of_prompt):
                 _write(_path(target, prompt_id, take), frames, video)

@@ -90,7 +90,15 @@ def _generated(recipe: Recipe, students: Mapping[str, Path], teacher: Sequence[C
         target = eval_folder(recipe) / "videos" / policy
         with progress_bar(len(prompts), "prompt", f"generate {policy}") as bar:
             made = videos.generate(
-                folder, prompts, config.seed, config.clips_per_prompt, recipe.video, recipe.student, target
+                folder,
+                prompts,
+                config.seed,
+                config.clips_per_prompt,
+                recipe.video,
+                recipe.student,
+                target,
+                stream_folder(recipe),
+                config.clips_per_pass,
             )
             for done in made:
                 bar.update(done - bar.n)

@@ -11,6 +11,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor
 
 from afd_data.config import VideoConfig
+from afd_data.errors import UserError
 from afd_train.config import StudentConfig
 from afd_train.rollout import ClipNoise, Rollout, Sampler, rollout, rollout_chunks
 from afd_train.students.autoencoders import open_autoencoder
@@ -18,7 +19,8 @@ from afd_train.students.causal_wan import CausalWan, cast_weights
 from afd_train.students.spans import Window
 from afd_train.students.text import open_text_encoder
 
-
+# How a student draws; what may change without another network.
+SAMPLER = ("steps", "first_chunk_steps", "shift", "window", "sink", "context_noise", "renoised_context")
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -54,6 +56,12 @@ class Student:
         """Chunks of a clip."""
         return self.shape.frames // self.config.chunk_frames
 
+    def sampled_as(self, config: StudentConfig) -> Student:
+        """The same network, drawing as `config` says."""
+        mine = self.config.model_copy(update={key: getattr(config, key) for key in SAMPLER})
+        self.net.window = Window(mine.window, mine.sink)
+        return Student(self.net, mine, self.video)
+
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """[P] texts -> [P, L, D] on the network's device."""
         return self.text.encode(prompts).to(self.device)
@@ -84,8 +92,14 @@ class Student:
     def stream(self, clip: Clip, chunks: int | None = None, image: Tensor | None = None) -> Iterator[np.ndarray]:
         """One video as it comes: uint8 [n, H, W, 3] after [n, H, W, 3]; may be longer than a clip.
 
-        `image`: the first pixel frame, uint8 [H, W, 3], which counts as the first chunk (of one latent frame).
+        `image`: the first pixel frame, uint8 [H, W, 3], which counts as the first chunk.  Raises UserError where a
+        chunk has more than one latent frame.
         """
+        if image is not None and self.config.chunk_frames > 1:
+            raise UserError(
+                f"this student draws {self.config.chunk_frames} latent frames together, which one image cannot begin; "
+                "frame-wise students (student.chunk_frames 1) can"
+            )
         text = self.encode_text([clip.prompt])
         count = self.chunks if chunks is None else chunks
         sampler, decode = Sampler.of(self.config, training=False), self.autoencoder.stream()
@@ -99,6 +113,11 @@ class Student:
             count -= 1
         for chunk in rollout_chunks(self.net, text, self.noise([clip]), sampler, count, cache):
             yield decode(chunk.clean)[0].cpu().numpy()
+
+
+def best_device() -> torch.device:
+    """A GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def new_transformer(config: StudentConfig) -> WanTransformer3DModel:

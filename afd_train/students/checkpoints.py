@@ -85,11 +85,19 @@ def write_weights(state: Mapping[str, Tensor], folder: Path) -> None:
         max_shard_size=SHARD_BYTES,
     )
     for file, names in split.filename_to_tensors.items():
-        tensors = {name: state[name].detach().cpu().contiguous() for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        save_tensors({name: state[name] for name in names}, folder / file)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write one .safetensors file that whoever may read the folder may read."""
+    path.touch()
+    mode = path.stat().st_mode  # as the user's umask has it; safetensors makes files for their owner only
+    on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    save_file(on_cpu, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, int]:

@@ -73,10 +73,9 @@ def write_transformer(
     weights = transformer.state_dict() if state is None else state
     assert not any(".lora_" in name for name in weights), "adapters are saved by save_adapter"
     state = {name: value.to("cpu", dtype or value.dtype) for name, value in weights.items()}
-    config = json.loads(transformer.to_json_string()) | {
-        "_class_name": WanTransformer3DModel.__name__
-    }  # FSDP renames it
-    folder.mkdir()
+    stock = {"_class_name": WanTransformer3DModel.__name__}  # which FSDP renames
+    config = json.loads(transformer.to_json_string()) | stock
+    folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_weights(state, folder)
 

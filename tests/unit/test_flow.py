@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from afd_train.flow import clean_from_velocity, noised, schedule, velocity, velocity_from_clean, warped
+from afd_train.flow import (
+    clean_from_velocity,
+    nearest_time,
+    noised,
+    schedule,
+    table,
+    velocity,
+    velocity_from_clean,
+    warped,
+)
 
 SHAPE = (2, 3, 4, 5, 5)
 
@@ -57,3 +66,23 @@ def test_shift_1_warps_nothing_and_both_ends_stay():
     assert schedule([1000, 400, 100], shift=1.0) == pytest.approx([1.0, 0.4, 0.1])
     assert warped(0, shift=7.0) == 0
     assert warped(1000, shift=7.0) == 1
+
+
+def test_the_table_falls_from_noise_to_almost_clean():
+    times = table(5.0)
+    assert times.shape == (1000,)
+    assert times[0] == 1
+    assert float(times[-1]) == pytest.approx(0.005 / 1.004)  # 5 s / (1 + 4 s) at s = 0.001
+    assert (times.diff() < 0).all()
+
+
+def test_the_samplers_steps_are_entries_of_the_table():
+    times = table(5.0).tolist()
+    assert schedule([1000, 750, 500, 250], 5.0) == [times[0], times[250], times[500], times[750]]
+
+
+def test_the_nearest_time_of_an_entry_is_itself_and_that_of_0_the_smallest():
+    times = table(5.0).tolist()
+    assert nearest_time(times[123], 5.0) == times[123]
+    assert nearest_time(0.0, 5.0) == times[-1]
+    assert nearest_time((0.7 * times[400] + 0.3 * times[401]), 5.0) == times[400]
