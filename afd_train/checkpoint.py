@@ -1,8 +1,8 @@
 """Everything needed to go on bit for bit, in formats that cannot run code: safetensors and JSON.
 
 `checkpoints/step-000150/` holds one safetensors file a network or optimiser (a folder of them, one a process, where it
-is sharded: written by torch.distributed.checkpoint), and `state.json` with the step, the streams' positions, the
-optimisers' settings and the sha256 of every file.  A folder under its final name is complete.
+is sharded: written by torch.distributed.checkpoint), and `state.json` with the step, the streams' positions
+and the sha256 of every file.  A folder under its final name is complete.
 """
 
 from __future__ import annotations
@@ -70,14 +70,13 @@ def load_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         version, digests = state["format"], dict(state["sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder}/state.json: not a checkpoint's state ({error}). {advice}") from None
     if version != FORMAT:
         raise UserError(f"{folder}: checkpoint format {version}, this afd reads {FORMAT}. {advice}")
     for name, digest in digests.items():
-        path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file() or file_sha256(path) != digest:
-            raise UserError(f"{path}: missing, or its sha256 is not the one in state.json. {advice}")
+        if not _intact(folder, name, digest):
+            raise UserError(f"{folder}/{name}: missing, or its sha256 is not the one in state.json. {advice}")
     return state
 
 
@@ -107,6 +106,15 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
     found = sorted(path for path in folder.glob("step-*") if path.is_dir() and not path.suffix)
     for path in found[:-keep]:
         shutil.rmtree(path)
+
+
+def _intact(folder: Path, name: str, digest: str) -> bool:
+    """Whether a file inside the folder has this sha256; names come from a file that may be anything."""
+    try:
+        path = (folder / name).resolve()
+        return path.is_relative_to(folder.resolve()) and path.is_file() and file_sha256(path) == digest
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _read(folder: Path, name: str) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from afd_train import memory_parts
+from afd_train import memory_parts, memory_phases
 from afd_train.config import FullConfig, LoraConfig, Recipe, TrainConfig
 from afd_train.memory_parts import Load, Part
 
@@ -34,7 +34,7 @@ def estimate(recipe: Recipe, run: TrainConfig, processes: int = 1) -> list[Part]
         *memory_parts.copies(recipe.student, run, load),
         *memory_parts.clips(recipe.student, load),
         *memory_parts.discriminator(recipe, run, load),
-        *max(memory_parts.phases(recipe, run, load).values(), key=total),
+        *max(memory_phases.phases(recipe, run, load).values(), key=total),
     ]
     if run.gpu_memory_gb is not None:
         parts.append(Part("CUDA", CUDA_BYTES, "context, workspaces, the allocator's gaps: an allowance"))
@@ -145,7 +145,7 @@ def table(recipe: Recipe, run: TrainConfig, processes: int = 1, section: str = "
     if run.gpu_memory_gb is None and total(parts) < SMALL_BYTES:
         return [f"memory about {total(parts) / GIB:.1f} GiB"]
     lines = [f"{part.bytes / GIB:8.2f} GiB  {part.name}: {part.why}" for part in parts if part.bytes >= GIB / 200]
-    added = memory_parts.phases(recipe, run, Load.of(recipe, run, processes))
+    added = memory_phases.phases(recipe, run, Load.of(recipe, run, processes))
     phases = ", ".join(f"{name} {total(phase) / GIB:.1f}" for name, phase in added.items())
     lines += [
         f"{total(parts) / GIB:8.2f} GiB  {_verdict(parts, run)}",

@@ -7,8 +7,10 @@ several forward and backward passes, which a wrapper around `forward` would have
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,11 @@ from afd_train.config import TrainConfig
 from afd_train.students.causal_wan import CausalWan
 
 BUCKET_BYTES = 2**26  # gradients are averaged in pieces of this size
+
+
+def open_accelerator(**settings: Any) -> Accelerator:
+    """accelerate's view of this process and its like, on CPUs where there is no accelerator."""
+    return Accelerator(cpu=not torch.accelerator.is_available(), **settings)
 
 
 class Processes:
@@ -87,6 +94,8 @@ class Processes:
         """Shard a network over all processes, block by block."""
         if not self.sharded:
             return
+        # The transformer's last operation is a view; nobody writes into what it returns.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         mesh = init_device_mesh(self.device.type, (self.count,))
         trainable = [parameter for parameter in net.parameters() if parameter.requires_grad]
         # A group of parameters must be trained in one type.  Float32 ones of a bfloat16 network are few: norms and

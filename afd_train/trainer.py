@@ -20,7 +20,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
 from torch import nn
 
 from afd_data.errors import UserError
@@ -37,7 +36,7 @@ from afd_train.checkpoint import (
 from afd_train.conditioning import CachedText, LatentCache
 from afd_train.config import LoraConfig, Recipe, TrainConfig
 from afd_train.objectives import Metrics, Setup, open_objective, policies_of
-from afd_train.parallel import Processes, whole
+from afd_train.parallel import Processes, open_accelerator, whole
 from afd_train.policies import Policy, Trainee, lora_targets, plain_state
 from afd_train.runlog import RunLog, Stopwatch
 from afd_train.runs import stream_folder, train_folder
@@ -65,7 +64,7 @@ def train(recipe: Recipe) -> Path:
     """
     folder = train_folder(recipe)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = one_writer(folder / ".lock", str(folder)) if PartialState().is_main_process else nullcontext()
+    lock = one_writer(folder / ".lock", str(folder)) if open_accelerator().is_main_process else nullcontext()
     with lock:
         start = recipe.student.init
         for index, config in enumerate(recipe.pretrain):
@@ -82,7 +81,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, config: TrainConfig, folder: Path, init: str | None):
         self.config = config
         self.folder = folder
-        self.accelerator = Accelerator(log_with=list(config.trackers) or None, project_dir=folder)
+        self.accelerator = open_accelerator(log_with=list(config.trackers) or None, project_dir=folder)
         self.processes = Processes(self.accelerator, config)
         _check_processes(config, self.processes)
         self.student = starting_student(recipe.student, recipe.video, recipe.seed, init)

@@ -53,11 +53,13 @@ class DenseWan:
         parts += [self.chunk] * ((frames - given) // self.chunk)
         return [sum(parts[: i + 1]) for i, part in enumerate(parts) for _ in range(part)]
 
-    def noisy_context(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """Every chunk sees the chunks before it as they are."""
+    def noisy_context(
+        self, x: Tensor, t: Tensor, text: Tensor, seen: list[tuple[Tensor, Tensor]] | None = None
+    ) -> Tensor:
+        """Every chunk sees the chunks before it as they are; `seen`: where keys and values are appended, by layer."""
         ends = self.ends(x.shape[1])
         mask = torch.tensor([[self.sees(end, frame) for frame in range(len(ends))] for end in ends])
-        return self.velocity(x, t, text, list(range(len(ends))), mask)
+        return self.velocity(x, t, text, list(range(len(ends))), mask, seen=seen)
 
     def clean_context(
         self,
@@ -109,7 +111,14 @@ class DenseWan:
         return torch.cat(clean, 1)
 
     def velocity(
-        self, x: Tensor, t: Tensor, text: Tensor, positions: list[int], mask: Tensor, detached: int = 0
+        self,
+        x: Tensor,
+        t: Tensor,
+        text: Tensor,
+        positions: list[int],
+        mask: Tensor,
+        detached: int = 0,
+        seen: list[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
         """Frame i of a pass, at `positions[i]` of the clip, sees frame j where mask[i, j].
 
@@ -126,7 +135,7 @@ class DenseWan:
         words = _linear(w, "condition_embedder.text_embedder.linear_1", text.double())
         words = _linear(w, "condition_embedder.text_embedder.linear_2", F.gelu(words, approximate="tanh"))
         turn = _rotation(positions, rows, columns, h.shape[-1] // self.heads)
-        now = _Pass(mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1), turn, detached * tokens)
+        now = _Pass(mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1), turn, detached * tokens, seen)
         for block in range(sum(name.endswith("attn1.to_q.weight") for name in w)):
             h = self._block(w, f"blocks.{block}.", h, words, modulation, now)
         shift, scale = (w["scale_shift_table"] + time[:, :, None]).unbind(2)
@@ -162,6 +171,8 @@ class DenseWan:
         if now is not None:
             q, k = (torch.view_as_complex(y.unflatten(-1, (-1, 2))) * now.turn for y in (q, k))
             q, k = (torch.view_as_real(y).flatten(3) for y in (q, k))
+            if now.seen is not None:
+                now.seen.append((k, v))
             k, v = (torch.cat([y[:, : now.held].detach(), y[:, now.held :]], 1) for y in (k, v))
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
         if now is not None:
@@ -171,11 +182,14 @@ class DenseWan:
 
 @dataclass(frozen=True)
 class _Pass:
-    """What self-attention needs to know: [N, N] who sees whom, [N, 1, head / 2] rotation, keys without gradient."""
+    """What self-attention needs to know: [N, N] who sees whom, [N, 1, head / 2] rotation, keys without
+    gradient, where keys and values are appended.
+    """
 
     mask: Tensor
     turn: Tensor
     held: int
+    seen: list[tuple[Tensor, Tensor]] | None
 
 
 def _linear(w: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:

@@ -15,10 +15,11 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from afd_data.errors import UserError
+from afd_train.students.checkpoints import save_tensors
 from afd_train.students.keys import listed
 
 ADAPTER_FILES = CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -63,10 +64,9 @@ def write_adapter(
         "bias": "none",
         "fan_in_fan_out": False,
     }
-    tensors = {_PREFIX + name.removeprefix(_PREFIX): value.detach().cpu().contiguous() for name, value in state.items()}
     folder.mkdir(exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors({_PREFIX + name.removeprefix(_PREFIX): value for name, value in state.items()}, folder / WEIGHTS)
 
 
 @torch.no_grad()

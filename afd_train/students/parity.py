@@ -218,7 +218,9 @@ def show(rows: list[Row]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command.  Returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m afd_train.students.parity", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m afd_train.students.parity", description="Compare with recorded tensors."
+    )
     parser.add_argument("folder", type=Path, help="weights.safetensors, tensors.safetensors, config.json")
     try:
         rows = compare(read_recording(parser.parse_args(arguments).folder))

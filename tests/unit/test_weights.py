@@ -133,7 +133,7 @@ class Code:
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
-    (tmp_path / "a.pt").write_bytes(pickle.dumps({"generator": Code(tmp_path / "ran")}))
+    (tmp_path / "a.pt").write_bytes(pickle.dumps({"generator": Code(tmp_path / "ran")}, protocol=2))
     torch.save({"generator": Code(tmp_path / "ran")}, tmp_path / "b.pt")
     for name in ("a.pt", "b.pt"):
         with pytest.raises(UserError, match=rf"student\.init: .*{name}: not a .*checkpoint"):
@@ -232,6 +232,13 @@ def test_stock_diffusers_opens_the_shards(sharded, original):
     new_transformer(wan()).save_config(sharded)
     stock = WanTransformer3DModel.from_pretrained(sharded)
     assert same(dict(stock.state_dict()), to_diffusers(original))
+
+
+def test_written_weights_are_as_readable_as_any_file(adapted, tmp_path):
+    (tmp_path / "any").touch()
+    mode = (tmp_path / "any").stat().st_mode
+    for path in ("base/transformer/diffusion_pytorch_model.safetensors", "lora/adapter/adapter_model.safetensors"):
+        assert (tmp_path / path).stat().st_mode == mode
 
 
 @pytest.mark.parametrize("folder", ["", "transformer"])
