@@ -47,9 +47,10 @@ def _together(student: StudentConfig, run: TrainConfig, load: Load) -> list[Part
 
 
 def _asked(student: StudentConfig, run: TrainConfig, load: Load) -> list[Part]:
-    """A pass without gradient over whole clips, with another policy's weights in the place of the student's."""
+    """A pass without gradient, with another policy's weights in the place of the student's."""
     copies = run.objective.noisings_per_clip if run.objective.name == "afd" else 1
-    tokens = load.clips * copies * load.shape.frames * load.frame_tokens
+    frames = student.chunk_frames if run.chunk_by_chunk else load.shape.frames
+    tokens = load.clips * copies * frames * load.frame_tokens
     wide = 3 if isinstance(run.policy, LoraConfig) else 2
     each = DTYPE_BYTES[student.dtype] * (11 * student.dim // 2 + wide * student.ffn_dim)
     return [

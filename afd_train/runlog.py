@@ -72,7 +72,8 @@ class RunLog:
     def close(self) -> None:
         """Flush the bar and the trackers."""
         self._bar.close()
-        self._accelerator.end_training()
+        for tracker in self._accelerator.trackers:  # `end_training` would end the processes' group too
+            tracker.finish()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -21,6 +21,7 @@ from afd_train.objectives.judge import Part, parts_of
 from afd_train.policies import Policy
 from afd_train.rollout import Sampler
 from afd_train.students.attention import KVCache
+from afd_train.students.causal_wan import CausalWan
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,15 @@ class Step:
     def drawn(setup: Setup, examples: Sequence[Example], step: int) -> Step:
         """Roll out the current student."""
         takes = setup.config.rollouts_per_prompt
+        parts = list(parts_of(len(examples), takes, setup.config.clips_per_pass))
         clips, context, cache = [], [], None
-        for part in parts_of(len(examples), takes, setup.config.clips_per_pass):
+        for part in parts:
             drawn = setup.rollout(examples[part.prompts], step, part.takes)
             clips.append(drawn.clips)
             context.append(drawn.context)
-            cache = drawn.cache
-        one = len(clips) == 1
-        return Step(step, examples, takes, torch.cat(clips), torch.cat(context), cache if one else None)
+            cache = drawn.cache if len(parts) == 1 else None
+            del drawn  # a second cache would not fit beside it
+        return Step(step, examples, takes, torch.cat(clips), torch.cat(context), cache)
 
 
 @dataclass(frozen=True)
@@ -137,23 +139,39 @@ class ForwardProcess:
     def _frozen(self, policy: Policy, noisy: Noisy, context: Tensor) -> Tensor:
         """Another policy's velocity on the same clean context: [B, n F, C, H, W]."""
         setup = self._setup
+        v = torch.empty_like(noisy.x)
         with setup.trainee.acting(policy) as net, setup.processes.unsharded(net):
-            cache = net.remember(context, noisy.text, net.memory(context.shape[1]), self._sampler.context_time)
-            return net.chunks(noisy.x, noisy.t, noisy.text, cache, copies=self._config.noisings_per_clip)
+            for frames, piece in self._pieces(net, noisy, self._remembered(net, context, noisy.text)):
+                v[:, frames] = piece
+        return v
 
     def _student(
         self, noisy: Noisy, clips: Tensor, context: Tensor, cache: KVCache | None
     ) -> Iterator[tuple[list[int], Tensor]]:
         """The student's velocity with gradient, and the frames of `noisy` that it is for, piece by piece."""
-        net, copies, frames = self._setup.trainee.net, self._config.noisings_per_clip, clips.shape[1]
+        net = self._setup.trainee.net
         if self._config.context_gradient:
             clean = torch.cat([context, clips[:, context.shape[1] :]], 1)
             clean_t = torch.full(clean.shape[:2], self._sampler.context_time, device=clean.device)
-            yield list(range(copies * frames)), net(noisy.x, noisy.t, noisy.text, clean, clean_t)
+            yield list(range(noisy.x.shape[1])), net(noisy.x, noisy.t, noisy.text, clean, clean_t)
             return
         if cache is None:
             with self._setup.processes.unsharded(net):
-                cache = net.remember(context, noisy.text, net.memory(context.shape[1]), self._sampler.context_time)
+                cache = self._remembered(net, context, noisy.text)
+        yield from self._pieces(net, noisy, cache)
+
+    def _remembered(self, net: CausalWan, context: Tensor, text: Tensor) -> KVCache:
+        """A cache of the clean context."""
+        cache = net.memory(context.shape[1])
+        size = net.chunk_frames if self._setup.config.chunk_by_chunk else context.shape[1]
+        for first in range(0, context.shape[1], max(1, size)):
+            net.remember(context[:, first : first + size], text, cache, self._sampler.context_time)
+        return cache
+
+    def _pieces(self, net: CausalWan, noisy: Noisy, cache: KVCache) -> Iterator[tuple[list[int], Tensor]]:
+        """Velocities on the cached context and the frames of `noisy` that they are for: all of them, or by chunk."""
+        copies = self._config.noisings_per_clip
+        frames = noisy.x.shape[1] // copies
         size = net.chunk_frames if self._setup.config.chunk_by_chunk else frames
         for first in range(0, frames, size):
             piece = [copy * frames + frame for copy in range(copies) for frame in range(first, first + size)]
