@@ -100,10 +100,7 @@ def outputs(group: str, recording: Recording) -> Outputs:
 
 def _inputs(recording: Recording) -> Outputs:
     clean, noise, sigma = recording["in.clean"], recording["in.noise"], _sigma("in.timestep", recording)
-    return {
-        "timestep": ("nearest in flow.table", sigma * TRAIN_TIMESTEPS),
-        "noisy": ("flow.noised", noised(clean, noise, sigma)),
-    }
+    return {"noisy": ("flow.noised", noised(clean, noise, sigma))}
 
 
 def _scheduler(recording: Recording) -> Outputs:
@@ -131,10 +128,7 @@ def _noisy_context(recording: Recording, against: str, window: dict[str, int]) -
 def _clean_context(recording: Recording, context: Tensor, t: Tensor | None) -> Outputs:
     net, text = recording.net(recording.config), recording["in.prompt_embeds"]
     v = net(recording["in.noisy"], recording.times("in.timestep"), text, context, t)
-    outputs = _prediction(recording, "forward, teacher forcing", v)
-    if t is not None:
-        outputs["timestep"] = "nearest in flow.table", _sigma("tf_aug.timestep", recording) * TRAIN_TIMESTEPS
-    return outputs
+    return _prediction(recording, "forward, teacher forcing", v)
 
 
 def _prediction(recording: Recording, against: str, v: Tensor) -> Outputs:
