@@ -1,53 +1,38 @@
 """One update of each objective on a real small cache: what moves, what stays, and what is logged."""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
-from afd_data.stream import Example, Stream
-from afd_train.config import AfdConfig, DistilConfig, FlowMatchingConfig, Recipe, TrainConfig
-from afd_train.objectives import Setup, open_objective
-from afd_train.objectives.afd import AdversarialFlowDistillation, input_noise
+from afd_data.stream import Example
+from afd_train.advantages import weights_from_advantages
+from afd_train.config import AfdConfig, DistilConfig, FlowMatchingConfig
+from afd_train.draws import Draws
+from afd_train.objectives import Setup, open_objective, policies_of
+from afd_train.objectives.afd import AdversarialFlowDistillation, histogram
 from afd_train.objectives.flow_matching import chunk_times, frame_weight
-from afd_train.policies import Trainee
-from afd_train.runlog import Stopwatch
-from afd_train.students import Clip, new_student
+from afd_train.objectives.forward_process import Step
+from afd_train.objectives.judge import Judge, input_noise, parts_of
+from afd_train.policies import Optimizer
 
 PROMPTS, TAKES = 3, 4
-
-
-@pytest.fixture
-def setup_of(tiny_recipe, tmp_path, playground_cache) -> Callable[..., Setup]:
-    """`setup_of(AfdConfig(), seed=0, frames=4)` -> what an objective is given, on the small cache."""
-
-    def make(objective, seed: int = 0, frames: int = 4, **settings) -> Setup:
-        recipe: Recipe = tiny_recipe(tmp_path, seed=seed)
-        config = TrainConfig(objective=objective, rollouts_per_prompt=TAKES, warmup_steps=0, **settings)
-        video = recipe.video.model_copy(update={"frames": frames})
-        accelerator = Accelerator()
-        student = new_student(recipe.student, video, seed)
-        return Setup(
-            student=student,
-            trainee=Trainee(student.net, config, accelerator),
-            config=config,
-            discriminator=recipe.discriminator,
-            stream=Stream(playground_cache, recipe.stream, "train", seed),
-            held_out=Stream(playground_cache, recipe.stream, "validation", seed),
-            seed=seed,
-            accelerator=accelerator,
-            watch=Stopwatch(),
-        )
-
-    return make
+CPU = torch.device("cpu")
 
 
 def weights(net: nn.Module) -> Tensor:
     return torch.cat([value.detach().flatten() for value in net.parameters()])
+
+
+def copy_of(setup: Setup, policy: str) -> Tensor:
+    """The weights of a policy beside the student."""
+    return torch.cat([value.flatten() for value in setup.trainee.copies[policy]])
+
+
+def draws_of(count: int, purpose: str = "") -> Draws:
+    return Draws(0, 0, purpose, [str(number) for number in range(count)], CPU)
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -70,7 +55,9 @@ def test_latents_are_the_teachers_videos(setup_of):
 
 def test_randomness_follows_from_seed_step_and_purpose(setup_of):
     def draw(seed: int, step: int, purpose: str) -> float:
-        return float(torch.rand((), generator=setup_of(FlowMatchingConfig(), seed).generator(step, purpose)))
+        setup = setup_of(FlowMatchingConfig(), seed)
+        own = setup.draws(step, purpose, setup.stream.next_batch(1)).uniform()
+        return float(own) + float(torch.rand((), generator=setup.shared(step, purpose)))
 
     draws = {draw(seed, step, purpose) for seed in (0, 1) for step in (0, 1) for purpose in ("noise", "time")}
     assert len(draws) == 8
@@ -81,7 +68,7 @@ def test_randomness_follows_from_seed_step_and_purpose(setup_of):
 
 
 def test_a_chunk_has_one_time_and_no_time_is_too_small_to_divide_by():
-    t = chunk_times(500, 6, chunk=2, generator=torch.Generator().manual_seed(0))
+    t = chunk_times(6, chunk=2, draws=draws_of(500))
     assert t.shape == (500, 6)
     assert torch.equal(t[:, ::2], t[:, 1::2])
     assert 0.02 <= float(t.min()) < 0.03
@@ -103,6 +90,19 @@ def test_flow_matching_learns_the_teachers_videos(setup_of, prediction):
     objective = open_objective(setup)
     losses = [objective.step(prompts_of(setup), step)["student/loss"] for step in range(12)]
     assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+
+
+@pytest.mark.parametrize("per_pass", [1, 2, 3])
+def test_flow_matching_in_parts_takes_the_same_step(setup_of, per_pass):
+    found = []
+    for clips_per_pass in (None, per_pass):
+        setup = setup_of(FlowMatchingConfig(), clips_per_pass=clips_per_pass, learning_rate=1e-30, max_grad_norm=1e9)
+        gradients = kept_gradients(setup.trainee.optimizer)
+        metrics = open_objective(setup).step(prompts_of(setup), step=0)
+        found.append((gradients[0], metrics))
+    (whole, expected), (parts, metrics) = found
+    assert distance(parts, whole) < 1e-6 * float(whole.norm())
+    assert metrics == pytest.approx(expected, rel=1e-5)
 
 
 # Distillation.
@@ -149,6 +149,8 @@ LOGGED = {
     "student/old_policy_deviation",
     "student/reference_distance",
 }
+UNDECIDED = torch.full((PROMPTS * TAKES,), 0.5)
+DECIDED = weights_from_advantages(torch.tensor([[5.0, -5.0] * 2] * PROMPTS).flatten(), clip=5.0)
 
 
 def opened(setup: Setup) -> AdversarialFlowDistillation:
@@ -165,16 +167,38 @@ def test_everything_that_tells_how_a_run_fares_is_logged(setup_of):
     assert {"seconds/rollout", "seconds/discriminator", "seconds/update"} <= setup.watch.read().keys()
 
 
+def test_the_old_policy_and_the_reference_are_kept_beside_the_student_for_afd_only():
+    assert policies_of(AfdConfig()) == ("old", "reference")
+    assert policies_of(DistilConfig()) == policies_of(FlowMatchingConfig()) == ()
+
+
 def test_a_step_moves_student_and_discriminator_and_the_old_policy_lags(setup_of):
     setup = setup_of(AfdConfig(old_policy_decay=0.75), learning_rate=1e-3)
     objective = opened(setup)
-    start = {name: weights(module) for name, module in objective.modules.items()}
+    start, judge = weights(setup.student.net), weights(objective.modules["discriminator"])
     objective.step(prompts_of(setup), step=0)
-    moved = weights(setup.student.net) - start["old"]
+    moved = weights(setup.student.net) - start
     assert moved.norm() > 0
-    assert distance(weights(objective.modules["discriminator"]), start["discriminator"]) > 0
-    assert distance(weights(objective.modules["reference"]), start["reference"]) == 0
-    assert distance(weights(objective.modules["old"]), start["old"] + 0.25 * moved) < 1e-4 * float(moved.norm())
+    assert distance(weights(objective.modules["discriminator"]), judge) > 0
+    assert distance(copy_of(setup, "reference"), start) == 0
+    assert distance(copy_of(setup, "old"), start + 0.25 * moved) < 1e-4 * float(moved.norm())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "share"),
+    [
+        ("copy", 0, 1.0),
+        ("ramp", 399, 0.6),  # after update 400 the decay is 0.4
+        ("late-ramp", 74, 1.0),
+        ("late-ramp", 174, 0.25),  # 0.0075 x 100
+    ],
+)
+def test_the_old_policy_follows_by_its_schedule_counted_from_1(setup_of, schedule, step, share):
+    setup = setup_of(AfdConfig(old_policy_schedule=schedule), learning_rate=1e-3)
+    start = weights(setup.student.net)
+    opened(setup).step(prompts_of(setup), step)
+    moved = weights(setup.student.net) - start
+    assert distance(copy_of(setup, "old"), start + share * moved) < 1e-4 * float(moved.norm())
 
 
 def test_the_first_step_is_taken_at_the_old_policy_and_at_the_reference(setup_of):
@@ -195,26 +219,25 @@ def test_a_step_reaches_every_weight_of_the_student(setup_of):
 def test_without_opinions_the_student_rests(setup_of):
     """Equal scores: all weights 1/2, and at the old policy nothing pulls."""
     setup = setup_of(AfdConfig(prior_weight=0.0))
-    objective = opened(setup)
-    examples = prompts_of(setup)
-    clips = [Clip(e.prompt_id, e.prompt, 0, take) for e in examples for take in range(TAKES)]
-    rollouts = setup.student.rollout(clips)
-    undecided = objective._update_student(examples, rollouts, torch.zeros(PROMPTS, TAKES), step=0)
-    decided = objective._update_student(examples, rollouts, torch.tensor([[5.0, -5.0] * 2] * PROMPTS), step=0)
+    update = opened(setup)._forward_process.update
+    drawn = Step.drawn(setup, prompts_of(setup), step=0)
+    undecided = update(drawn, UNDECIDED)
+    decided = update(drawn, DECIDED)
     assert undecided["student/grad_norm"] < 1e-4 * decided["student/grad_norm"]
-    assert undecided["weight/0.5_to_0.6"] == 1
+
+
+def test_the_log_tells_how_many_rollouts_are_liked():
+    assert histogram(UNDECIDED)["weight/0.5_to_0.6"] == 1
+    decided = histogram(DECIDED)
     assert (decided["weight/0.0_to_0.3"], decided["weight/0.7_to_1.0"]) == (0.5, 0.5)
+    assert sum(decided.values()) == 1
 
 
 def test_liked_rollouts_come_nearer_and_disliked_ones_move_away(setup_of):
     """The update lowers the flow-matching error of what the discriminator liked, relative to what it disliked."""
     setup = setup_of(AfdConfig(), learning_rate=1e-3)
-    objective = opened(setup)
-    examples = prompts_of(setup)
-    clips = [Clip(e.prompt_id, e.prompt, 0, take) for e in examples for take in range(TAKES)]
-    rollouts = setup.student.rollout(clips)
-    advantages = torch.tensor([[5.0, -5.0] * 2] * PROMPTS)
-    text = setup.student.encode_text([clip.prompt for clip in clips])
+    update, examples = opened(setup)._forward_process.update, prompts_of(setup)
+    rollouts, text = Step.drawn(setup, examples, step=0), setup.text(examples)
 
     @torch.no_grad()
     def gap() -> float:
@@ -222,38 +245,39 @@ def test_liked_rollouts_come_nearer_and_disliked_ones_move_away(setup_of):
         noise = torch.randn(rollouts.clips.shape, generator=torch.Generator().manual_seed(1))
         t = torch.ones(rollouts.clips.shape[:2])
         error = (setup.student.net(noise, t, text, clean=rollouts.clips) - (noise - rollouts.clips)).square()
-        liked = advantages.flatten() > 0
+        liked = DECIDED == 1
         return float(error[liked].mean() - error[~liked].mean())
 
     before = gap()
     for step in range(10):
-        objective._update_student(examples, rollouts, advantages, step)
+        # Its cache holds the keys and values of the student that drew the clips.
+        update(replace(rollouts, number=step, cache=None), DECIDED)
     assert gap() < before
 
 
 def test_both_sides_reach_the_discriminator_as_8_bit_video(setup_of):
     setup = setup_of(AfdConfig())
-    objective = opened(setup)
-    examples = prompts_of(setup)
+    judge, examples = Judge(setup), prompts_of(setup)
     seen: list[Tensor] = []
-    objective.modules["discriminator"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    rollouts = setup.student.rollout([Clip(e.prompt_id, e.prompt, 0, 0) for e in examples])
-    objective._scores(examples, rollouts.clips, noise=None)
+    judge.net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    rollouts = setup.rollout(examples, 0, range(1)).clips
+    judge.score(examples, rollouts)
     assert torch.equal(setup.student.autoencoder.round_trip(seen[0]), seen[0])
     assert torch.equal(seen[0][:PROMPTS], setup.latents(examples))
-    assert not torch.equal(seen[0][PROMPTS:], rollouts.clips)
+    assert not torch.equal(seen[0][PROMPTS:], rollouts)
 
 
 def test_the_teachers_own_videos_score_like_the_teacher(setup_of):
     setup = setup_of(AfdConfig())
     examples = prompts_of(setup)
-    teacher, student = opened(setup)._scores(examples, setup.latents(examples), noise=None)
+    teacher, student = Judge(setup).score(examples, setup.latents(examples))
     torch.testing.assert_close(teacher, student, rtol=0, atol=1e-6)
 
 
 def test_the_clips_of_a_prompt_meet_the_discriminator_under_one_level_of_noise_from_none_to_the_largest():
     group = torch.arange(200).repeat(2)
-    noise = input_noise(torch.zeros(400, 4, 3, 16, 16), group, largest=0.8, generator=torch.Generator().manual_seed(0))
+    noises = draws_of(200, "teacher"), draws_of(200, "student")
+    noise = input_noise((400, 4, 3, 16, 16), group, largest=0.8, levels=draws_of(200), noises=noises)
     teacher, student = noise.flatten(1).std(1).chunk(2)
     torch.testing.assert_close(teacher, student, rtol=0.08, atol=0)  # 3072 draws a clip: 1.3 % each
     assert 0 < teacher.min() < 0.02
@@ -263,11 +287,69 @@ def test_the_clips_of_a_prompt_meet_the_discriminator_under_one_level_of_noise_f
 
 def test_every_rollout_meets_the_teachers_video_of_its_own_prompt(setup_of):
     setup = setup_of(AfdConfig())
-    objective = opened(setup)
-    examples = prompts_of(setup)
-    single, _ = objective._scores(examples, setup.latents(examples), noise=None)
-    paired, _ = objective._scores(examples, setup.latents(examples).repeat_interleave(TAKES, 0), noise=None)
+    judge, examples = Judge(setup), prompts_of(setup)
+    single, _ = judge.score(examples, setup.latents(examples))
+    paired, other = judge.score(examples, setup.latents(examples).repeat_interleave(TAKES, 0))
     torch.testing.assert_close(paired, single.repeat_interleave(TAKES), rtol=0, atol=1e-6)
+    torch.testing.assert_close(paired, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("per_pass", [1, 2, 3, 5, 8])
+def test_scores_do_not_depend_on_how_many_clips_are_scored_at_once(setup_of, per_pass):
+    setup = setup_of(AfdConfig())
+    judge, examples = Judge(setup), prompts_of(setup)
+    rollouts = setup.rollout(examples, 0, range(TAKES)).clips
+    whole = judge.score(examples, rollouts)
+    setup.config = setup.config.model_copy(update={"clips_per_pass": per_pass})
+    torch.testing.assert_close(judge.score(examples, rollouts), whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("per_pass", [1, 2, 3, 5, 8])
+def test_the_discriminator_learns_the_same_in_parts(setup_of, per_pass):
+    setup = setup_of(AfdConfig(), max_grad_norm=1e9)
+    judge, examples = Judge(setup), prompts_of(setup)
+    gradients = kept_gradients(judge.optimizer)
+    rollouts = setup.rollout(examples, 0, range(TAKES)).clips
+    logs = []
+    for limit in (None, per_pass):
+        setup.config = setup.config.model_copy(update={"clips_per_pass": limit})
+        logs.append(judge.learn(examples, rollouts, step=3, rate=1e-30))
+    whole, parts = gradients
+    assert distance(parts, whole) < 1e-6 * float(whole.norm())
+    assert logs[1] == pytest.approx(logs[0], rel=1e-5)
+    assert logs[0]["discriminator/grad_norm"] == pytest.approx(float(whole.norm()), rel=1e-5)
+
+
+def kept_gradients(optimizer: Optimizer) -> list[Tensor]:
+    """What an optimiser is given, all weights in a row, once a step."""
+    found: list[Tensor] = []
+
+    def keep(*_: object) -> None:
+        found.append(torch.cat([w.grad.detach().flatten() for w in optimizer.masters if w.grad is not None]))
+
+    optimizer.adamw.register_step_pre_hook(keep)
+    return found
+
+
+def test_parts_hold_every_clip_once_and_in_order_and_no_more_than_the_limit():
+    for prompts in range(6):
+        for takes in range(1, 6):
+            for limit in (None, *range(1, 6), 100):
+                rows, clips = list(range(prompts * takes)), []
+                for part in parts_of(prompts, takes, limit):
+                    own = [prompt * takes + take for prompt in range(prompts)[part.prompts] for take in part.takes]
+                    assert own == rows[part.rows]
+                    assert 0 < len(own) <= (limit or prompts * takes)
+                    clips += own
+                assert clips == rows, (prompts, takes, limit)
+
+
+@pytest.mark.parametrize(
+    ("limit", "sizes"),
+    [(None, [12]), (100, [12]), (12, [12]), (11, [8, 4]), (5, [4] * 3), (4, [4] * 3), (3, [3, 1] * 3), (1, [1] * 12)],
+)
+def test_parts_are_whole_groups_where_they_fit(limit, sizes):
+    assert [len(range(12)[part.rows]) for part in parts_of(PROMPTS, TAKES, limit)] == sizes
 
 
 def test_the_shuffled_control_gives_the_same_advantages_to_other_rollouts(setup_of):
@@ -276,9 +358,8 @@ def test_the_shuffled_control_gives_the_same_advantages_to_other_rollouts(setup_
         setup = setup_of(AfdConfig(shuffled_advantages=control))
         objective = opened(setup)
         examples = prompts_of(setup)
-        clips = [Clip(e.prompt_id, e.prompt, 0, take) for e in examples for take in range(TAKES)]
-        _, scores = objective._scores(examples, setup.student.rollout(clips).clips, noise=None)
-        found.append(objective._advantages(scores.unflatten(0, (len(examples), TAKES)), step=0))
+        _, scores = objective._judge.score(examples, setup.rollout(examples, 0, range(TAKES)).clips)
+        found.append(objective._advantages(examples, scores.unflatten(0, (PROMPTS, TAKES)), step=0))
     plain, control = found
     assert not torch.equal(plain, control)
     assert torch.equal(plain.sort(1).values, control.sort(1).values)
@@ -314,3 +395,21 @@ def test_clips_of_a_single_chunk_can_be_learnt(setup_of, objective):
     examples = [replace(example, video=example.video[:2]) for example in prompts_of(setup)]
     setup.held_out = None
     assert math.isfinite(open_objective(setup).step(examples, step=0)["student/loss"])
+
+
+@pytest.mark.parametrize("per_pass", [1, 3, 5])
+def test_a_step_in_parts_logs_what_one_at_once_does(setup_of, per_pass):
+    found = []
+    for clips_per_pass in (None, per_pass):
+        setup = setup_of(AfdConfig(), clips_per_pass=clips_per_pass, learning_rate=1e-30)
+        objective, rows = opened(setup), []
+        objective.prepare(lambda _, metrics, rows=rows: rows.append(metrics))
+        with torch.no_grad():  # so that the old policy is another one
+            for weight in setup.trainee.parameters:
+                weight += 0.01
+        found.append([*rows, objective.step(prompts_of(setup), step=0)])
+    for part, whole in zip(*found, strict=True):
+        assert part.keys() == whole.keys()
+        smooth = [key for key in whole if "accuracy" not in key and not key.startswith("weight/")]
+        # Not closer, because a pixel may be rounded to the next of its 256 values.
+        assert [part[key] for key in smooth] == pytest.approx([whole[key] for key in smooth], rel=0.02, abs=1e-4)

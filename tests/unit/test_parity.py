@@ -78,7 +78,7 @@ def test_a_changed_output_fails(damaged, capsys, name):
         ("in.clean", "in.noisy"),
         ("in.noise", "in.noisy"),
         ("in.noisy", "in.noisy"),
-        ("in.timestep", "in.timestep"),
+        ("in.timestep", "tf.flow"),
         ("in.prompt_embeds", "tf.flow"),
         ("rollout4.steps", "rollout4.steps"),
         ("rollout4.injected", "rollout4.latents"),
