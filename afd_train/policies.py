@@ -92,6 +92,12 @@ class Optimizer:
         self.adamw.zero_grad(set_to_none=True)
         return norm
 
+    def exact(self, net: nn.Module) -> dict[str, Tensor]:
+        """The state of the network that is optimised, masters in the place of its weights; live tensors."""
+        masters: dict[Tensor, Tensor] = dict(zip(self.parameters, self.masters, strict=True))
+        state: dict[str, Tensor] = net.state_dict(keep_vars=True)
+        return {name: masters.get(value, value).detach() for name, value in state.items()}
+
     @torch.no_grad()
     def synchronise(self) -> None:
         """Round the masters into the network's weights."""

@@ -162,8 +162,12 @@ class Trainer:
 
     def _parts(self) -> Parts:
         """What a checkpoint keeps; the same tensors that training moves."""
-        others = {name: net.state_dict() for name, net in self.objective.modules.items()}
-        optimizers = {"student": self.trainee.optimizer, **self.objective.optimizers}
+        own = self.objective.optimizers
+        others = {
+            name: own[name].exact(net) if name in own else net.state_dict()
+            for name, net in self.objective.modules.items()
+        }
+        optimizers = {"student": self.trainee.optimizer, **own}
         return Parts({**self.trainee.state(), **others}, {name: each.adamw for name, each in optimizers.items()})
 
     def _save(self, step: int) -> None:

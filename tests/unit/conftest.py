@@ -50,7 +50,8 @@ def setup_of(tiny_recipe: Callable[..., Any], playground_cache: Path, tmp_path: 
         from afd_train.students import new_student
 
         recipe = tiny_recipe(tmp_path, seed=seed, student=student)
-        config = TrainConfig(objective=objective, **({"rollouts_per_prompt": TAKES, "warmup_steps": 0} | settings))
+        books: dict[str, Any] = {"rollouts_per_prompt": TAKES, "warmup_steps": 0}
+        config = TrainConfig(objective=objective, **(books | settings))
         processes = Processes(open_accelerator(), config)
         made = new_student(recipe.student, recipe.video.model_copy(update={"frames": frames}), seed)
         return Setup(

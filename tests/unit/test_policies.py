@@ -50,6 +50,10 @@ def values(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in tensors]
 
 
+def gradients_of(optimizer: Optimizer) -> list[Tensor]:
+    return values([master.grad for master in optimizer.masters if master.grad is not None])
+
+
 def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     """Bit for bit."""
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -115,7 +119,7 @@ def test_the_old_policys_decay_follows_its_schedule(schedule, expected):
 def test_a_step_clips_the_gradient_and_reports_its_norm_before():
     net = line(0.0, 0.0)
     optimizer, clipped = optimizer_of(net, max_grad_norm=1.0), []
-    optimizer.adamw.register_step_pre_hook(lambda *_: clipped.extend(values([p.grad for p in optimizer.masters])))
+    optimizer.adamw.register_step_pre_hook(lambda *_: clipped.extend(gradients_of(optimizer)))
     optimizer.accumulate(net(torch.tensor([[30.0, 40.0]])).sum())
     assert optimizer.step(1.0) == pytest.approx(50)
     assert_close(clipped[0], torch.tensor([[0.6, 0.8]]), rtol=1e-4, atol=0)
@@ -124,7 +128,7 @@ def test_a_step_clips_the_gradient_and_reports_its_norm_before():
 def test_a_gradient_below_the_limit_is_left_alone():
     net = line(0.0)
     optimizer, seen = optimizer_of(net, max_grad_norm=10.0), []
-    optimizer.adamw.register_step_pre_hook(lambda *_: seen.extend(values([p.grad for p in optimizer.masters])))
+    optimizer.adamw.register_step_pre_hook(lambda *_: seen.extend(gradients_of(optimizer)))
     optimizer.accumulate(net(torch.tensor([[2.0]])).sum())
     optimizer.step(1.0)
     assert seen[0].tolist() == [[2.0]]
@@ -161,6 +165,22 @@ def test_parts_of_a_gradient_that_bfloat16_cannot_add_are_added_in_float32():
         optimizer.accumulate(net(torch.tensor([[part]], dtype=torch.bfloat16)).sum())
     assert optimizer.masters[0].grad is not None
     assert optimizer.masters[0].grad.item() == 258
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_a_checkpoint_keeps_of_another_network_is_exact_and_restores_it_in_place(dtype):
+    nets = [nn.Sequential(nn.Linear(2, 2, dtype=dtype), nn.LayerNorm(2)) for _ in "ab"]
+    optimizers = [optimizer_of(net) for net in nets]
+    with torch.no_grad():
+        optimizers[0].masters[0].fill_(0.5 - 2**-12)  # between two numbers of bfloat16
+    wanted, restored = (optimizer.exact(net) for optimizer, net in zip(optimizers, nets, strict=True))
+    assert wanted.keys() == nets[0].state_dict().keys()
+    assert all(value.dtype == torch.float32 and not value.requires_grad for value in wanted.values())
+    for name, value in restored.items():
+        value.copy_(wanted[name])
+    optimizers[1].synchronise()
+    assert same(optimizers[1].masters, optimizers[0].masters)
+    assert nets[1].state_dict()["0.weight"].unique().tolist() == [0.5 - 2**-12 if dtype == torch.float32 else 0.5]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -486,19 +506,20 @@ def test_an_adapter_is_in_the_type_of_the_weights_it_adapts(trainee_of):
 
 
 def test_an_adapter_moves_the_network_by_alpha_over_rank(tiny_student):
-    plain = tiny_student().net.transformer.blocks[1].attn2.to_q.weight.detach().clone()
+    name = "transformer.blocks.1.attn2.to_q"
+    plain = tiny_student().net.get_parameter(f"{name}.weight").detach()
     trainee = moved(Trainee(tiny_student().net, config(policy=LORA), ONE))
-    layer = trainee.net.transformer.blocks[1].attn2.to_q
-    weights = dict(trainee.net.named_parameters())
-    a, b = (weights[f"transformer.blocks.1.attn2.to_q.lora_{factor}.default.weight"] for factor in "AB")
+    layer, weights = trainee.net.get_submodule(name), dict(trainee.net.named_parameters())
+    a, b = (weights[f"{name}.lora_{factor}.default.weight"] for factor in "AB")
     x = torch.randn(5, 24, generator=torch.Generator().manual_seed(0))
-    bias = weights["transformer.blocks.1.attn2.to_q.base_layer.bias"]
-    assert_close(layer(x), x @ (plain + 6 / 3 * b @ a).T + bias, rtol=0, atol=1e-5)
+    expected = x @ (plain + 6 / 3 * b @ a).T + weights[f"{name}.base_layer.bias"]
+    assert_close(layer(x), expected, rtol=0, atol=1e-5)
 
 
 def test_the_adapter_of_the_policy_that_acts_is_what_would_be_saved(trainee_of):
     trainee = moved(trainee_of(LORA))
-    for policy, tensors in (("student", trainee.parameters), ("old", trainee.copies["old"])):
+    kept: dict[Policy, Sequence[Tensor]] = {"student": trainee.parameters, "old": trainee.copies["old"]}
+    for policy, tensors in kept.items():
         with trainee.acting(policy):
             state = trainee.adapter_state()
             assert state is not None
