@@ -53,7 +53,7 @@ def schedule(steps: Sequence[int], shift: float) -> list[float]:
 
 
 def table(shift: float) -> Tensor:
-    """The 1,000 times of the schedule that Wan students were distilled on, falling from 1 to about shift / 1000: [1000].
+    """The 1,000 times that Wan students were distilled on, falling from 1 to about shift / 1000: [1000], float64.
 
     It holds no 0: its smallest entry is what "clean" context is noised to while Self-Forcing trains.
     """

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from afd_train.config import FullConfig, LatentShape, LoraConfig, Recipe, StudentConfig, TrainConfig
+from afd_train.config import FullConfig, LoraConfig, Recipe, TrainConfig
+from afd_train.student_config import LatentShape, StudentConfig
 
 PATCH = 2  # latent pixels a side of a token of Wan's transformer
 FLOAT32 = 4

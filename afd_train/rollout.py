@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from afd_train.config import StudentConfig
 from afd_train.flow import clean_from_velocity, nearest_time, noised, schedule
+from afd_train.student_config import StudentConfig
 
 if TYPE_CHECKING:  # a student rolls out: its package imports this module
     from afd_train.students.attention import KVCache

@@ -32,13 +32,14 @@ class Validation:
         self._prompts = prompts_of(setup.held_out or setup.stream, setup.config.validation_prompts)
 
     def run(self, step: int) -> Metrics:
-        """Write the strip of `step` and return means over the clips, as `validation/...`; all processes draw their part."""
+        """Write the strip of `step` and return means over the clips, as `validation/...`; every process draws a part."""
         setup, processes = self._setup, self._setup.processes
         # As many for each, since sharded processes gather weights together.
         own = [self._prompts[i % len(self._prompts)] for i in range(processes.index, self._padded, processes.count)]
         with setup.watch("validation"):
             with setup.trainee.acting("ema") as net, processes.unsharded(net):
                 videos = setup.student.videos(own, NOISE_SEED, takes=1, batch=setup.config.clips_per_pass or len(own))
+            setup.student.autoencoder.release()
             videos = processes.gather(torch.from_numpy(videos[:, 0])).numpy()[: len(self._prompts)]
             if not processes.main:
                 return {}

@@ -23,7 +23,7 @@ from afd_data.sample import sample_key
 from afd_data.shards import read_manifest
 from afd_data.video import Decoder, read_video, write_mp4
 from afd_train.conditioning import CachedText
-from afd_train.config import StudentConfig
+from afd_train.student_config import StudentConfig
 from afd_train.students import SAMPLER, best_device
 from afd_train.students.folder import open_student
 

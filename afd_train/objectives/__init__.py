@@ -19,8 +19,9 @@ from afd_data.stream import Example, Stream
 from afd_train.conditioning import LatentCache
 from afd_train.config import AfdConfig, DiscriminatorConfig, DistilConfig, FlowMatchingConfig, TrainConfig
 from afd_train.draws import Draws, generator
+from afd_train.optimizer import Optimizer
 from afd_train.parallel import Processes
-from afd_train.policies import Optimizer, Policy, Trainee
+from afd_train.policies import Policy, Trainee
 from afd_train.rollout import Rollout
 from afd_train.runlog import Stopwatch
 from afd_train.students import Clip, Student

@@ -12,7 +12,7 @@ from afd_train.draws import Draws
 from afd_train.flow import noised, velocity
 from afd_train.losses import flow_matching_loss
 from afd_train.objectives import Metrics, Setup
-from afd_train.policies import Optimizer
+from afd_train.optimizer import Optimizer
 from afd_train.students.causal_wan import CausalWan
 
 SMALLEST_TIME = 0.02  # below it nothing is left to predict, and 1 / t of a clean-predicting student explodes

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from afd_data.config import VideoConfig
 from afd_data.errors import UserError
-from afd_train.config import StudentConfig
 from afd_train.rollout import ClipNoise, Rollout, Sampler, rollout, rollout_chunks
+from afd_train.student_config import StudentConfig
 from afd_train.students.autoencoders import open_autoencoder
 from afd_train.students.causal_wan import CausalWan, cast_weights
 from afd_train.students.spans import Window

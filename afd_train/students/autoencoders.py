@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from afd_train.config import StudentConfig
+from afd_train.student_config import StudentConfig
 
 
 class Autoencoder(Protocol):

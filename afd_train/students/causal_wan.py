@@ -137,6 +137,13 @@ class CausalWan(nn.Module):
         """An empty cache with a slot for each of `frames` latent frames."""
         return KVCache(frames, self.window.sink)
 
+    def end_pass(self) -> None:
+        """Forget the pass in progress, and with it its cache.
+
+        To be called after a backward pass: checkpointed blocks have run in it again.
+        """
+        self._pass.clear()
+
     def _run(
         self,
         x: Tensor,
@@ -163,7 +170,7 @@ class CausalWan(nn.Module):
                 return_dict=False,
             )
         finally:
-            self._pass.clear()
+            self.end_pass()
         return out.squeeze(2).unflatten(0, (batch, frames)).float()
 
     def _velocity(self, output: Tensor, noisy: Tensor, t: Tensor) -> Tensor:

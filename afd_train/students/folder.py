@@ -20,9 +20,9 @@ from torch import Tensor
 from afd_data.config import Config, VideoConfig
 from afd_data.errors import UserError
 from afd_data.files import atomic_folder
-from afd_train.config import StudentConfig
 from afd_train.hub import local_path
 from afd_train.presets import SIZES
+from afd_train.student_config import StudentConfig
 from afd_train.students import DTYPES, Student, causal_net, new_student, new_transformer
 from afd_train.students.adapters import merge_adapter, write_adapter
 from afd_train.students.causal_wan import cast_weights

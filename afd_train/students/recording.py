@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from afd_data.errors import UserError
-from afd_train.config import WAN_CHANNELS, StudentConfig
 from afd_train.rollout import Sampler
+from afd_train.student_config import WAN_CHANNELS, StudentConfig
 from afd_train.students import causal_net, new_transformer
 from afd_train.students.causal_wan import TRAIN_TIMESTEPS, CausalWan
 from afd_train.students.checkpoints import load_weights, read_weights

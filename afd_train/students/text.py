@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from afd_train.config import StudentConfig
+from afd_train.student_config import StudentConfig
 
 _WORD = re.compile(r"[^\W_]+")
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from afd_data.errors import UserError
-from afd_train.config import StudentConfig
 from afd_train.hub import local_path
+from afd_train.student_config import StudentConfig
 from afd_train.students.frozen import contents_sha256, free_memory
 
 _KEY = "student.text_encoder_path"

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from afd_data.errors import UserError
-from afd_train.config import WAN_CHANNELS, WAN_FACTOR, WAN_STRIDE, StudentConfig
 from afd_train.hub import local_path
+from afd_train.student_config import WAN_CHANNELS, WAN_FACTOR, WAN_STRIDE, StudentConfig
 from afd_train.students.frozen import contents_sha256, free_memory
 
 _KEY = "student.autoencoder_path"

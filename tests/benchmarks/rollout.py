@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 
 from afd_data.config import VideoConfig
-from afd_train.config import StudentConfig
 from afd_train.flow import clean_from_velocity, noised
+from afd_train.student_config import StudentConfig
 from afd_train.students import Clip, Student, new_student
 from afd_train.students.attention import KVCache
 

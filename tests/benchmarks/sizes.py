@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from afd_data.config import VideoConfig
-from afd_train.config import LatentShape, StudentConfig
 from afd_train.rollout import ClipNoise, Sampler
+from afd_train.student_config import LatentShape, StudentConfig
 from afd_train.students import DTYPES, causal_net, new_transformer
 from afd_train.students.causal_wan import CausalWan, cast_weights
 from afd_train.students.spans import Span, block_causal_spans

@@ -170,7 +170,7 @@ CASES = [
         "unknown key",
         extended("train:\n  learnig_rate: 1e-4\n"),
         "train b",
-        "b.yaml:3: train.learnig_rate: unknown key. Did you mean learning_rate? Allowed here: objective, policy, steps,",
+        "b.yaml:3: train.learnig_rate: unknown key. Did you mean learning_rate? Allowed here: objective, policy,",
     ),
     Case(
         "key of another section",
@@ -387,14 +387,14 @@ CASES = [
         "weights of another student",
         lambda folder: overwritten(f"{TRAIN}/students/ema/student.json", other_width(folder))(folder),
         "generate a 'a ball'",
-        "the weights do not fit student.json",
+        "transformer/ and student.json: the weights do not fit the network",
     ),
     Case("no mp4", nothing, "generate a 'a ball' -o ball.gif", "--output ball.gif: the name must end in .mp4"),
     Case(
         "no student to start from",
         nothing,
         "train a --set out=runs/b --set student.init=runs/z",
-        "runs/z: no student here",
+        "student.init: runs/z: there is no such file or folder",
     ),
     Case("nothing trained yet", without(TRAIN), "eval a", "runs/a/train/students/base"),
     Case(

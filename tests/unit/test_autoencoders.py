@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from afd_train.config import StudentConfig
+from afd_train.student_config import StudentConfig
 from afd_train.students.autoencoders import PixelAutoencoder
 
 

@@ -17,7 +17,8 @@ HEAVY = ("torch", "diffusers", "datasets", "transformers", "accelerate")
 # Below: all that a recipe, a dry run and the command line may load.
 TORCH_FREE = (
     "afd_data.config, afd_data.sample, afd_data.prompts, afd_data.plan, afd_data.journal, afd_data.teachers, "
-    "afd_train.config, afd_train.recipe, afd_train.dry_run, afd_train.runs, afd_cli"
+    "afd_train.config, afd_train.presets, afd_train.memory, afd_train.recipe, afd_train.dry_run, afd_train.runs, "
+    "afd_cli"
 )
 
 

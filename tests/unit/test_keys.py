@@ -9,7 +9,7 @@ import torch
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import load_file
 
-from afd_train.config import StudentConfig
+from afd_train.student_config import StudentConfig
 from afd_train.students import new_transformer
 from afd_train.students.keys import layout_of, listed, to_diffusers, to_original
 

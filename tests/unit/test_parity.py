@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from afd_train.config import StudentConfig
 from afd_train.flow import clean_from_velocity, noised, schedule, table
+from afd_train.student_config import StudentConfig
 from afd_train.students import causal_net, new_transformer
 from afd_train.students.keys import to_original
 from afd_train.students.parity import compare, main

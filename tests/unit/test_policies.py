@@ -9,17 +9,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from afd_train.config import AfdConfig, FlowMatchingConfig, FullConfig, LoraConfig, TrainConfig
+from afd_train.optimizer import Optimizer, learning_rate_factor
 from afd_train.parallel import Processes, open_accelerator
-from afd_train.policies import (
-    Optimizer,
-    Policy,
-    Trainee,
-    frozen_copy,
-    learning_rate_factor,
-    lora_targets,
-    old_policy_decay,
-    plain_state,
-)
+from afd_train.policies import Policy, Trainee, frozen_copy, lora_targets, old_policy_decay, plain_state
 from afd_train.students import Student
 
 LORA = LoraConfig(rank=3, alpha=6.0)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from afd_train.config import StudentConfig
 from afd_train.flow import clean_from_velocity, nearest_time, noised
 from afd_train.rollout import ClipNoise, Sampler, clip_generator, rollout, rollout_chunks
+from afd_train.student_config import StudentConfig
 from afd_train.students import Clip, Student
 from tests.dense_wan import oracle_of, stirred
 

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from afd_train.config import StudentConfig
+from afd_train.student_config import StudentConfig
 from afd_train.students.text import HashedWords, open_text_encoder
 
 WORDS = HashedWords(StudentConfig(text_tokens=5, text_dim=16))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from afd_data.errors import UserError
-from afd_train.config import StudentConfig
+from afd_train.student_config import StudentConfig
 from afd_train.students.umt5 import Umt5, clean_prompt
 from tests.tiny_wan import save_text_encoder
 

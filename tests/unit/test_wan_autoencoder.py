@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from afd_data.errors import UserError
-from afd_train.config import StudentConfig
+from afd_train.student_config import StudentConfig
 from afd_train.students.autoencoders import open_autoencoder
 from afd_train.students.wan_autoencoder import WanAutoencoder
 from tests.tiny_wan import save_vae

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from afd_data.config import VideoConfig
 from afd_data.errors import UserError
-from afd_train.config import StudentConfig
+from afd_train.student_config import StudentConfig
 from afd_train.students import Student, checkpoints, new_student, new_transformer
 from afd_train.students.checkpoints import load_weights, read_weights, write_weights
 from afd_train.students.folder import open_student, save_adapter, save_student, starting_student
