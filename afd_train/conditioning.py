@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
 MEMORY_BYTES = 256 * 2**20  # of embeddings; 400 prompts of 80 tokens for UMT5
-MANY = 16  # prompts from which a bar is shown
 STRAY_SECONDS = 3600.0  # after which a file that was never renamed belongs to a process that was killed
 
 
@@ -85,11 +84,8 @@ class CachedText:
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """[B] texts -> float32 [B, tokens, dim] on the CPU, as the encoder itself gives them."""
         found = {prompt: self._find(prompt) for prompt in dict.fromkeys(prompts)}
-        missing = [prompt for prompt, rows in found.items() if rows is None]
-        with progress_bar(len(missing), "prompt", "text", disable=len(missing) < MANY) as bar:
-            for prompt in missing:
-                found[prompt] = self._make(prompt)
-                bar.update()
+        for prompt in [prompt for prompt, rows in found.items() if rows is None]:
+            found[prompt] = self._make(prompt)
         out = torch.zeros(len(prompts), self.tokens, self.dim)
         for row, prompt in zip(out, prompts, strict=True):
             rows = found[prompt]

@@ -32,7 +32,7 @@ class Validation:
         self._prompts = prompts_of(setup.held_out or setup.stream, setup.config.validation_prompts)
 
     def run(self, step: int) -> Metrics:
-        """Write the strip of `step` and return means over the clips, as `validation/...`; every process draws a part."""
+        """Write the strip of `step` and return means over the clips, as `validation/...`; all processes draw."""
         setup, processes = self._setup, self._setup.processes
         # As many for each, since sharded processes gather weights together.
         own = [self._prompts[i % len(self._prompts)] for i in range(processes.index, self._padded, processes.count)]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from afd_data.errors import UserError
 from afd_data.prompts import prompt_id
@@ -103,3 +104,32 @@ def test_a_later_format_is_refused(student, tmp_path):
     about.write_text(about.read_text().replace('"format": 1', '"format": 2'))
     with pytest.raises(UserError, match="format 2, this afd reads 1"):
         generate(tmp_path / "ema", PROMPT, tmp_path / "ball.mp4")
+
+
+def test_a_frame_wise_student_goes_on_from_a_picture(tiny_recipe, afd, tmp_path):
+    recipe = tiny_recipe(tmp_path, student={"chunk_frames": 1, "pixel_scale": 1.0})
+    save_student(new_student(recipe.student, recipe.video, seed=0), tmp_path / "student")
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "first.png")
+    arguments = ("generate", tmp_path / "student", PROMPT, "-o")
+    assert afd(*arguments, tmp_path / "on.mp4", "--image", tmp_path / "first.png").exit_code == 0
+    assert afd(*arguments, tmp_path / "alone.mp4").exit_code == 0
+    on, alone = frames(tmp_path / "on.mp4"), frames(tmp_path / "alone.mp4")
+    assert on.shape == alone.shape == (4, 16, 16, 3)
+    assert np.array_equal(on[0], picture)  # the cache's format is lossless
+    assert not np.array_equal(on[1:], alone[:3])  # the same noise, but they have seen the picture
+
+
+def test_a_chunk_wise_student_says_that_one_picture_is_no_chunk(student, afd, tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "first.png")
+    result = afd("generate", student, PROMPT, "-o", tmp_path / "on.mp4", "--image", tmp_path / "first.png")
+    assert result.exit_code == 2
+    assert "draws 2 latent frames together" in result.stderr
+    assert not (tmp_path / "on.mp4").exists()
+
+
+def test_a_file_that_is_no_picture_is_named(student, afd, tmp_path):
+    (tmp_path / "first.png").write_text("no picture")
+    result = afd("generate", student, PROMPT, "--image", tmp_path / "first.png", "-o", tmp_path / "on.mp4")
+    assert result.exit_code == 2
+    assert "first.png: not a picture" in result.stderr
