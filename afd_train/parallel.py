@@ -10,12 +10,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,12 +26,14 @@ from torch.distributed.tensor import DTensor
 from afd_train.config import TrainConfig
 from afd_train.students.causal_wan import CausalWan
 
+PATIENCE = timedelta(hours=6)  # of a process that waits, such as for the first one to cache the teacher's videos
 BUCKET_BYTES = 2**26  # gradients are averaged in pieces of this size
 
 
 def open_accelerator(**settings: Any) -> Accelerator:
     """accelerate's view of this process and its like, on CPUs where there is no accelerator."""
-    return Accelerator(cpu=not torch.accelerator.is_available(), **settings)
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
+    return Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patience], **settings)
 
 
 class Processes:
@@ -55,9 +58,10 @@ class Processes:
         """
         if self.count == 1:
             return tensor
-        parts = [torch.empty_like(tensor) for _ in range(self.count)]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.stack(parts, 1).flatten(0, 1)
+        own = tensor.to(self.device).contiguous()  # GPUs gather nothing from the CPU's memory
+        parts = [torch.empty_like(own) for _ in range(self.count)]
+        dist.all_gather(parts, own)
+        return torch.stack(parts, 1).flatten(0, 1).to(tensor.device)
 
     def own(self, rows: Tensor) -> Tensor:
         """This process's rows of what `gather` returned."""
