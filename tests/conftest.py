@@ -91,3 +91,15 @@ def hub(_served_hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     _served_hub.clear()
     connect(_served_hub.url, tmp_path / "hf_home", monkeypatch)
     return _served_hub
+
+
+@pytest.fixture(scope="session")
+def student(tiny_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student folder with random weights; not to be written to."""
+    from afd_train.students import new_student
+    from afd_train.students.folder import save_student
+
+    folder = tmp_path_factory.mktemp("student")
+    recipe = tiny_recipe(folder)
+    save_student(new_student(recipe.student, recipe.video, seed=0), folder / "ema")
+    return folder / "ema"

@@ -13,8 +13,17 @@ from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from afd_data.config import VideoConfig
+
 WORDS = ("a", "red", "green", "ball", "the", "falls", "bounces", "&", "schön")
 TEXT_DIM = 32
+# The recorded network of tests/data: its weights under the original's names, and what a student must say to have it.
+RECORDED = Path(__file__).parent / "data" / "causal_wan" / "weights.safetensors"
+RECORDED_STUDENT: dict[str, Any] = {
+    "dim": 48, "heads": 2, "layers": 2, "ffn_dim": 96, "frequency_dim": 32, "text_dim": 40, "text_tokens": 12,
+    "autoencoder": "wan", "chunk_frames": 3,
+}  # fmt: skip
+RECORDED_VIDEO = VideoConfig(width=96, height=64, frames=21, fps=8.0)
 
 
 def save_text_encoder(folder: Path, seed: int = 0) -> Path:

@@ -107,9 +107,8 @@ class CausalRope(nn.Module):
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of neighbouring pairs.  x: [B, N, heads, d]; cos, sin: [N, d / 2]."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.complex(cos, sin)[:, None]).flatten(-2).type_as(x)
 
 
 def _heads(x: Tensor, attn: WanAttention, batch: int) -> Tensor:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from afd_train.recipe import load_recipe
 from afd_train.runs import student_folder
-from afd_train.students import new_student
 from afd_train.students.folder import open_student, save_student
 
 STOCK = """
@@ -23,15 +21,6 @@ video, text = torch.zeros(1, 48, 2, 4, 4), torch.zeros(1, 6, 16)
 assert transformer(video, torch.tensor([500.0]), text).sample.shape == video.shape
 assert not [name for name in sys.modules if name.startswith("afd")], "afd was imported"
 """
-
-
-@pytest.fixture(scope="module")
-def student(tiny_recipe, tmp_path_factory) -> Path:
-    """A student folder with random weights."""
-    folder = tmp_path_factory.mktemp("student")
-    recipe = tiny_recipe(folder)
-    save_student(new_student(recipe.student, recipe.video, seed=0), folder / "ema")
-    return folder / "ema"
 
 
 @pytest.mark.slow  # imports diffusers in a new process

@@ -17,15 +17,6 @@ from afd_train.students.folder import open_student, save_student
 PROMPT = "A red ball is dropped."
 
 
-@pytest.fixture(scope="module")
-def student(tiny_recipe, tmp_path_factory) -> Path:
-    """A student folder with random weights."""
-    folder = tmp_path_factory.mktemp("student")
-    recipe = tiny_recipe(folder)
-    save_student(new_student(recipe.student, recipe.video, seed=0), folder / "ema")
-    return folder / "ema"
-
-
 def whole(student: Path, seed: int) -> np.ndarray:
     """The clip as evaluation draws it."""
     opened: Student = open_student(student)

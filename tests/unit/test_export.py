@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,27 +12,14 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from afd_data.config import PlaygroundConfig, PromptsConfig, VideoConfig
+from afd_data.config import PlaygroundConfig, PromptsConfig
 from afd_data.errors import UserError
-from afd_train.config import ExportConfig, Recipe, StudentConfig
+from afd_train.config import ExportConfig, LoraConfig, Recipe, StudentConfig, TrainConfig
 from afd_train.export import export_all, export_student
 from afd_train.runs import student_folder
 from afd_train.students import Student
 from afd_train.students.folder import open_student, save_adapter, save_student, starting_student
-
-FIXTURE = Path(__file__).parents[1] / "data" / "causal_wan" / "weights.safetensors"
-WAN: dict[str, Any] = {
-    "dim": 48,
-    "heads": 2,
-    "layers": 2,
-    "ffn_dim": 96,
-    "frequency_dim": 32,
-    "text_dim": 40,
-    "text_tokens": 12,
-    "autoencoder": "wan",
-    "chunk_frames": 3,
-}
-VIDEO = VideoConfig(width=96, height=64, frames=21, fps=8.0)
+from tests.tiny_wan import RECORDED, RECORDED_STUDENT, RECORDED_VIDEO
 
 
 def same(found, wanted) -> bool:
@@ -47,8 +33,8 @@ def state_of(student: Student) -> dict[str, torch.Tensor]:
 @pytest.fixture(params=["float32", "bfloat16"])
 def wan(request, tmp_path) -> Path:
     """A student folder with the original weights of the fixture."""
-    config = StudentConfig(**WAN, dtype=request.param)
-    save_student(starting_student(config, VIDEO, 0, str(FIXTURE)), tmp_path / "wan")
+    config = StudentConfig(**RECORDED_STUDENT, dtype=request.param)
+    save_student(starting_student(config, RECORDED_VIDEO, 0, str(RECORDED)), tmp_path / "wan")
     return tmp_path / "wan"
 
 
@@ -65,10 +51,12 @@ def lora(tiny_student, tmp_path) -> Path:
 
 
 def test_original_weights_leave_as_they_came(tmp_path):
-    save_student(starting_student(StudentConfig(**WAN), VIDEO, 0, str(FIXTURE)), tmp_path / "wan")
+    save_student(
+        starting_student(StudentConfig(**RECORDED_STUDENT), RECORDED_VIDEO, 0, str(RECORDED)), tmp_path / "wan"
+    )
     path = export_student(tmp_path / "wan", tmp_path / "new" / "wan.pt", "original")
     content = torch.load(path, weights_only=True)
-    wanted = {f"model.{name}": value for name, value in load_file(FIXTURE).items()}
+    wanted = {f"model.{name}": value for name, value in load_file(RECORDED).items()}
     assert list(content) == ["generator", "generator_ema"]
     assert same(content["generator"], wanted)
     assert same(content["generator_ema"], wanted)
@@ -83,7 +71,7 @@ def test_the_original_format_keeps_one_copy_of_the_weights(wan, tmp_path):
 def test_an_exported_original_starts_the_same_student(wan, tmp_path):
     opened = open_student(wan)
     path = export_student(wan, tmp_path / "wan.pt", "original")
-    started = starting_student(opened.config, VIDEO, 0, str(path))
+    started = starting_student(opened.config, RECORDED_VIDEO, 0, str(path))
     assert same(state_of(started), state_of(opened))
 
 
@@ -91,7 +79,7 @@ def test_the_weights_survive_stock_diffusers(wan, tmp_path):
     opened = open_student(wan)
     stock = WanTransformer3DModel.from_pretrained(export_student(wan, tmp_path / "out", "diffusers"))
     stock.save_pretrained(tmp_path / "again")
-    started = starting_student(opened.config, VIDEO, 0, str(tmp_path / "again"))
+    started = starting_student(opened.config, RECORDED_VIDEO, 0, str(tmp_path / "again"))
     assert same(state_of(started), state_of(opened))
 
 
@@ -191,6 +179,7 @@ def test_all_formats_of_a_recipe_are_written_below_its_out_and_written_again(lor
         out=str(tmp_path / "run"),
         prompts=PromptsConfig(source="unused.txt"),
         teacher=PlaygroundConfig(),
+        train=TrainConfig(policy=LoraConfig()),
         export=ExportConfig(formats=formats, policy="student"),
     )
     source = student_folder(recipe, "student")
@@ -201,3 +190,9 @@ def test_all_formats_of_a_recipe_are_written_below_its_out_and_written_again(lor
         assert paths == [tmp_path / "run/export" / name for name in ("diffusers", "original.pt", "lora", "merged")]
         assert all(path.exists() for path in paths)
         assert same(state_of(open_student(paths[3])), state_of(open_student(source)))
+
+
+def test_a_fully_trained_recipe_cannot_ask_for_an_adapter():
+    with pytest.raises(ValueError, match=r"export\.formats: lora needs train\.policy\.name=lora"):
+        Recipe(out="x", prompts=PromptsConfig(source="unused.txt"), teacher=PlaygroundConfig(),
+               export=ExportConfig(formats=("lora",)))  # fmt: skip

@@ -14,35 +14,21 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from afd_data.config import VideoConfig
 from afd_data.errors import UserError
 from afd_train.student_config import StudentConfig
 from afd_train.students import Student, checkpoints, new_student, new_transformer
 from afd_train.students.checkpoints import load_weights, read_weights, write_weights
 from afd_train.students.folder import open_student, save_adapter, save_student, starting_student
 from afd_train.students.keys import to_diffusers, to_original
+from tests.tiny_wan import RECORDED, RECORDED_STUDENT, RECORDED_VIDEO
 
-FIXTURE = Path(__file__).parents[1] / "data" / "causal_wan" / "weights.safetensors"
-# The network of the fixture.
-WAN: dict[str, Any] = {
-    "dim": 48,
-    "heads": 2,
-    "layers": 2,
-    "ffn_dim": 96,
-    "frequency_dim": 32,
-    "text_dim": 40,
-    "text_tokens": 12,
-    "autoencoder": "wan",
-    "chunk_frames": 3,
-}
-VIDEO = VideoConfig(width=96, height=64, frames=21, fps=8.0)
 QUERY = "blocks.0.attn1.to_q.weight"
 ALL = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 
 
 @pytest.fixture
 def original() -> dict[str, torch.Tensor]:
-    return load_file(FIXTURE)
+    return load_file(RECORDED)
 
 
 def same(found, wanted) -> bool:
@@ -56,7 +42,7 @@ def state_of(student: Student) -> dict[str, torch.Tensor]:
 
 
 def wan(**settings: Any) -> StudentConfig:
-    return StudentConfig(**{**WAN, **settings})
+    return StudentConfig(**{**RECORDED_STUDENT, **settings})
 
 
 def changed(config: StudentConfig, **settings: Any) -> StudentConfig:
@@ -315,7 +301,7 @@ def test_what_does_not_fit_is_listed_by_kind(original):
 
 def test_a_training_starts_from_original_weights(original, tmp_path):
     torch.save({"generator": prefixed(original, "model.")}, tmp_path / "a.pt")
-    student = starting_student(wan(), VIDEO, 0, str(tmp_path / "a.pt"))
+    student = starting_student(wan(), RECORDED_VIDEO, 0, str(tmp_path / "a.pt"))
     assert same(to_original(state_of(student)), original)
     assert student.net.training
     assert all(parameter.requires_grad for parameter in student.net.parameters())
@@ -323,7 +309,7 @@ def test_a_training_starts_from_original_weights(original, tmp_path):
 
 def test_the_student_does_not_live_in_the_file(original, tmp_path):
     torch.save(original, tmp_path / "a.pt")
-    student = starting_student(wan(), VIDEO, 0, str(tmp_path / "a.pt"))
+    student = starting_student(wan(), RECORDED_VIDEO, 0, str(tmp_path / "a.pt"))
     (tmp_path / "a.pt").write_bytes(bytes((tmp_path / "a.pt").stat().st_size))
     assert same(to_original(state_of(student)), original)
 
@@ -331,7 +317,7 @@ def test_the_student_does_not_live_in_the_file(original, tmp_path):
 def test_bfloat16_keeps_what_diffusers_keeps_in_float32(original, tmp_path):
     torch.save(original, tmp_path / "a.pt")
     config = wan(dtype="bfloat16")
-    student = starting_student(config, VIDEO, 0, str(tmp_path / "a.pt"))
+    student = starting_student(config, RECORDED_VIDEO, 0, str(tmp_path / "a.pt"))
     stock = new_transformer(config)
     load_weights(stock, to_diffusers(original), "stock")
     stock.save_pretrained(tmp_path / "stock")
@@ -362,7 +348,7 @@ def test_nothing_of_an_opened_student_is_left_on_the_meta_device(tiny_student, t
 def test_the_keys_of_the_recipe_that_do_not_agree_with_the_weights_are_named(original, tmp_path, settings, said):
     torch.save(original, tmp_path / "a.pt")
     with pytest.raises(UserError) as error:
-        starting_student(wan(**settings), VIDEO, 0, str(tmp_path / "a.pt"))
+        starting_student(wan(**settings), RECORDED_VIDEO, 0, str(tmp_path / "a.pt"))
     assert said in str(error.value)
 
 
@@ -375,13 +361,13 @@ def test_the_size_of_released_weights_is_recognised(tmp_path):
     }
     torch.save(released, tmp_path / "a.pt")
     with pytest.raises(UserError, match=r"dim 1536 .* Set student\.size=1\.3B and leave these keys out\.$"):
-        starting_student(wan(), VIDEO, 0, str(tmp_path / "a.pt"))
+        starting_student(wan(), RECORDED_VIDEO, 0, str(tmp_path / "a.pt"))
 
 
 def test_heads_that_only_the_folder_states_are_compared(tmp_path):
     new_transformer(wan()).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"heads 2 \(the recipe: 4\)\. Set student\.heads=2\."):
-        starting_student(wan(heads=4), VIDEO, 0, str(tmp_path))
+        starting_student(wan(heads=4), RECORDED_VIDEO, 0, str(tmp_path))
 
 
 def test_a_student_folder_of_another_network_is_told_from_its_description(tiny_student, tmp_path):
@@ -463,7 +449,7 @@ def test_a_student_folder_of_adapters_starts_a_training_with_merged_weights(adap
 
 def test_the_base_of_an_adapter_may_be_original_weights(original, tmp_path):
     torch.save({"generator": original}, tmp_path / "a.pt")
-    student = starting_student(wan(), VIDEO, 0, str(tmp_path / "a.pt"))
+    student = starting_student(wan(), RECORDED_VIDEO, 0, str(tmp_path / "a.pt"))
     state = {"blocks.1.ffn.net.2.lora_A.weight": torch.zeros(2, 96)} | {
         "blocks.1.ffn.net.2.lora_B.weight": torch.ones(48, 2)
     }
