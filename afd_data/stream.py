@@ -97,8 +97,8 @@ class Stream:
         return [self._next() for _ in range(size)]
 
     def state_dict(self) -> dict:
-        """JSON-able: how many examples every rank has drawn, from which data, in which order."""
-        return {"drawn": self.drawn, "seed": self.seed, "data_sha256": self._digest()}
+        """JSON-able: how many examples all ranks have drawn, from which data, in which order."""
+        return {"drawn": self.drawn * self.ranks, "seed": self.seed, "data_sha256": self._digest()}
 
     def load_state_dict(self, state: Mapping) -> None:
         """Go on where `state` was taken.  Raises UserError when it belongs to other data or another seed."""
@@ -107,7 +107,12 @@ class Stream:
                 f"{self._reading.folder}: the {self.split} samples or the seed are not those that the interrupted run "
                 "used. Restore the cache and the recipe, or train into a new folder."
             )
-        self.drawn = state["drawn"]
+        if state["drawn"] % self.ranks:
+            raise UserError(
+                f"{self._reading.folder}: {state['drawn']} {self.split} samples were drawn so far, which {self.ranks} "
+                "processes cannot have drawn. Go on with as many processes as before."
+            )
+        self.drawn = state["drawn"] // self.ranks
         self._forget_ahead()
 
     def close(self) -> None:

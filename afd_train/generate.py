@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from afd_data.config import VideoConfig
 from afd_data.errors import UserError
+from afd_data.files import PART
 from afd_data.prompts import prompt_id
 from afd_data.video import Mp4Writer
 from afd_train.students import Clip, best_device
@@ -31,17 +33,26 @@ def generate(
     `chunks`: length in chunks of the student, default the length it was trained for; longer is allowed.
     `image`: a picture that becomes the first frame, its middle where it has another shape (frame-wise students only).
     `progress` hears the number of frames after every chunk.  Raises UserError for a folder that holds no student.
+    The file is complete or not there.
     """
+    if target.is_dir():
+        raise UserError(f"{target}: a folder; name the video's file")
+    target.parent.mkdir(parents=True, exist_ok=True)
     opened = open_student(student)
+    first = None if image is None else _picture(image, opened.video)
     opened.net.to(best_device())
     clip = Clip(prompt_id(prompt), prompt, seed, take=0)
-    first = None if image is None else _picture(image, opened.video)
     frames = 0
-    with Mp4Writer(target, opened.video) as writer:
-        for chunk in opened.stream(clip, chunks, first):
-            writer.add(chunk)
-            frames += len(chunk)
-            progress(frames)
+    part = target.with_name(target.name + PART)
+    try:
+        with Mp4Writer(part, opened.video) as writer:
+            for chunk in opened.stream(clip, chunks, first):
+                writer.add(chunk)
+                frames += len(chunk)
+                progress(frames)
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
     return frames
 
 
@@ -49,7 +60,8 @@ def _picture(path: Path, video: VideoConfig) -> torch.Tensor:
     """uint8 [H, W, 3]."""
     try:
         with Image.open(path) as opened:
-            picture = ImageOps.fit(opened.convert("RGB"), (video.width, video.height))
-    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+            upright = ImageOps.exif_transpose(opened)
+            picture = ImageOps.fit(upright.convert("RGB"), (video.width, video.height))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"--image {path}: not a picture ({error})") from None
     return torch.from_numpy(np.array(picture))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from afd_data.errors import UserError
 
 # What weights, configs and tokenizers are made of; nothing else is fetched, above all no code and no other pickles.
 SAFE_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
+ENCODERS = ["text_encoder*/*", "tokenizer*/*", "image_encoder/*", "vae/*"]
 SINGLE_FILES = (".pt", ".pth", ".safetensors", ".json")
 _SOURCE = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<path>.+))?")
 
@@ -38,13 +40,17 @@ def _download(repo: str, revision: str | None, path: str, where: str) -> Path:
         RevisionNotFoundError,
     )
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it warns of is said below
     try:
         if Path(path).suffix in SINGLE_FILES:
             return Path(hf_hub_download(repo, path, revision=revision))
         # In these patterns a star also stands for slashes.
         inside = f"{glob.escape(path)}/" if path else ""
         patterns = [inside + pattern for pattern in SAFE_FILES]
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns)) / path
+        # A whole repository is a student's or a pipeline's: its encoders, of many gigabytes, are not asked for here.
+        ignored = None if path else ENCODERS
+        found = snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=ignored)
+        folder = Path(found) / path
     except HFValidationError as error:
         raise UserError(f"{where}: {error}") from None
     except GatedRepoError:

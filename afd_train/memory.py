@@ -32,7 +32,7 @@ def estimate(recipe: Recipe, run: TrainConfig, processes: int = 1) -> list[Part]
     parts = [
         *memory_parts.weights(recipe.student, run, load),
         *memory_parts.copies(recipe.student, run, load),
-        *memory_parts.clips(recipe.student, load),
+        *memory_parts.clips(recipe.student, run, load),
         *memory_parts.discriminator(recipe, run, load),
         *max(memory_phases.phases(recipe, run, load).values(), key=total),
     ]

@@ -103,11 +103,15 @@ def copies(student: StudentConfig, run: TrainConfig, load: Load) -> list[Part]:
     return parts
 
 
-def clips(student: StudentConfig, load: Load) -> list[Part]:
-    """Latents, float32: of a step as drawn and as remembered, of a pass at all steps, noised, and as targets."""
+def clips(student: StudentConfig, run: TrainConfig, load: Load) -> list[Part]:
+    """Latents, float32.
+
+    Of a step as drawn and as remembered, noised, as targets and as the old policy sees them; of a pass at all steps.
+    """
     shape = load.shape
     latents = shape.frames * shape.channels * shape.height * shape.width
-    count = 2 * load.step_clips + (len(student.steps) + 4) * load.clips + load.prompts
+    copies = run.objective.noisings_per_clip if run.objective.name == "afd" else 1
+    count = (2 + 3 * copies) * load.step_clips + (len(student.steps) + 1) * load.clips + (1 + copies) * load.prompts
     size = FLOAT32 * (count * latents + load.prompts * student.text_tokens * student.text_dim)
     return [Part("clips", size, f"{load.step_clips} of a step, {load.clips} of a pass")]
 

@@ -30,7 +30,8 @@ class Optimizer:
         self._max_grad_norm = max_grad_norm
         self.parameters = list(parameters)
         self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.parameters]
-        self.adamw = torch.optim.AdamW(self.masters, lr=1.0, weight_decay=weight_decay, betas=betas)
+        # One tensor at a time: for all at once it would need as much memory again as what it trains.
+        self.adamw = torch.optim.AdamW(self.masters, lr=1.0, weight_decay=weight_decay, betas=betas, foreach=False)
 
     def accumulate(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, in float32."""

@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from afd_train.config import TrainConfig
@@ -106,8 +106,11 @@ class Processes:
         # modulation stay whole, and their gradients are averaged as without sharding.
         mixed = len({parameter.dtype for parameter in trainable}) > 1
         whole = {parameter for parameter in trainable if mixed and parameter.dtype == torch.float32}
+        exact = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         for module in (*net.transformer.blocks, net.transformer):
-            fully_shard(module, mesh=mesh, ignored_params=whole)
+            fully_shard(module, mesh=mesh, ignored_params=whole, mp_policy=exact)
+        for parameter in whole:
+            parameter.data = parameter.data.to(self.device)
 
     @contextmanager
     def unsharded(self, net: CausalWan) -> Iterator[None]:

@@ -21,6 +21,7 @@ from afd_train.hub_push import checked_name, commit_files
 from afd_train.public import public_recipe, public_recipe_text, without_machine
 from afd_train.runs import eval_folder, stream_folder, student_folder, train_folder
 from afd_train.student_card import Facts, model_card
+from afd_train.student_config import StudentConfig
 from afd_train.student_data import TeacherData, read_teacher_data
 from afd_train.students.folder import ABOUT, ADAPTER, TRANSFORMER, StudentFile, read_about
 
@@ -99,7 +100,7 @@ def prepared(
     repo = checked_name(repo.removeprefix("hf://"))
     about = read_about(source)
     with _self_contained(source) as folder:
-        files: dict[str, Content] = {ABOUT: _public_json(folder / ABOUT), **_weights(folder, source)}
+        files: dict[str, Content] = {ABOUT: _public_about(folder / ABOUT), **_weights(folder, source)}
         public, data, results, samples = None, None, None, {}
         if recipe is not None:
             public, data = public_recipe(recipe), read_teacher_data(stream_folder(recipe))
@@ -112,7 +113,7 @@ def prepared(
         facts = Facts(
             repo=repo,
             address=f"{constants.ENDPOINT}/{repo}/resolve/main",
-            about=StudentFile.model_validate_json(_public_json(source / ABOUT)),
+            about=StudentFile.model_validate_json(_public_about(source / ABOUT)),
             megabytes=sum(path.stat().st_size for path in (folder / TRANSFORMER).glob("*.safetensors")) / 1e6,
             licence=licence,
             recipe=public,
@@ -174,7 +175,24 @@ def _weights(folder: Path, source: Path) -> dict[str, Content]:
 
 
 def _public_json(path: Path) -> bytes:
-    return json.dumps(without_machine(json.loads(path.read_text(encoding="utf-8"))), indent=1).encode()
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); write the student again, for example with `afd export`") from None
+    return json.dumps(without_machine(content), indent=1).encode()
+
+
+def _public_about(path: Path) -> bytes:
+    """student.json; where its autoencoder or text encoder was a folder of this machine it names the released one."""
+    about = read_about(path.parent)
+    student = about.student
+    for key in ("autoencoder_path", "text_encoder_path"):
+        if not getattr(student, key).startswith("hf://"):
+            released = StudentConfig.model_fields[key].default
+            log.warning(f"{ABOUT}: {key} {getattr(student, key)} is of this machine; published as {released}")
+            student = student.model_copy(update={key: released})
+    public = about.model_copy(update={"student": student}).model_dump_json()
+    return json.dumps(without_machine(json.loads(public)), indent=1).encode()
 
 
 def _results(recipe: Recipe, policy: Policy) -> dict | None:

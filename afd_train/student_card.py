@@ -181,10 +181,10 @@ def _run(run: TrainConfig) -> list[str]:
 
 
 def _licence(facts: Facts) -> str:
-    parts = [f"These weights: {facts.licence or 'not stated by whoever published them'}."]
+    parts = [f"These weights: {_spoken(facts.licence or 'not stated by whoever published them')}."]
     if base := base_model(facts.about.student):
         parts.append(f"They derive from [{base}](https://huggingface.co/{base}), whose licence applies as well.")
     if facts.data:
-        licences = sorted({str(without_machine(teacher.licence)) for teacher in facts.data.teachers})
+        licences = sorted({_spoken(str(without_machine(teacher.licence))) for teacher in facts.data.teachers})
         parts.append(f"The videos that they learned from: {', '.join(licences)}.")
     return " ".join(parts)

@@ -30,6 +30,7 @@ class StudentConfig(Config):
     size: Size | None = Field(default=None, description="of Wan 2.1; dim, heads, layers and the text's default to it")
     init: str | None = Field(
         default=None,
+        min_length=1,
         description="start from these weights: a student folder (`base` names the one afd ships), a diffusers folder, "
         "a .pt or .safetensors file, or hf://OWNER/REPO[@REVISION][/PATH]; default: random",
     )

@@ -34,7 +34,7 @@ from afd_train.checkpoint import (
     save_checkpoint,
 )
 from afd_train.conditioning import CachedText, LatentCache
-from afd_train.config import LoraConfig, Recipe, TrainConfig
+from afd_train.config import DiscriminatorConfig, LoraConfig, Recipe, TrainConfig
 from afd_train.objectives import Metrics, Setup, open_objective, policies_of
 from afd_train.parallel import Processes, open_accelerator, whole
 from afd_train.policies import Policy, Trainee, lora_targets, plain_state
@@ -54,6 +54,7 @@ FREE_TO_CHANGE = {
     "trackers",
     "stop_margin",
     "stop_reference_distance",
+    "shard",  # whether it was sharded is kept instead
 }
 
 
@@ -62,9 +63,11 @@ def train(recipe: Recipe) -> Path:
 
     Raises UserError: no cache, a checkpoint of another recipe, or a run that went wrong (with its diagnosis).
     """
+    accelerator = open_accelerator()
+    accelerator.wait_for_everyone()  # for the first process, which may be caching
     folder = train_folder(recipe)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = one_writer(folder / ".lock", str(folder)) if open_accelerator().is_main_process else nullcontext()
+    lock = one_writer(folder / ".lock", str(folder)) if accelerator.is_main_process else nullcontext()
     with lock:
         start = recipe.student.init
         for index, config in enumerate(recipe.pretrain):
@@ -83,10 +86,14 @@ class Trainer:
         self.folder = folder
         self.accelerator = open_accelerator(log_with=list(config.trackers) or None, project_dir=folder)
         self.processes = Processes(self.accelerator, config)
-        _check_processes(config, self.processes)
+        _check_processes(config, recipe.discriminator, self.processes)
         self.student = starting_student(recipe.student, recipe.video, recipe.seed, init)
-        self._identity = _identity(recipe, config) | {"starting weights": _digest(self.student.net)}
-        self.student.net.to(self.processes.device)
+        self._identity = _identity(recipe, config) | {
+            "starting weights": _digest(self.student.net),
+            "train.shard": self.processes.sharded,
+        }
+        if not self.processes.sharded:  # a share of it goes to the GPU below, and no more
+            self.student.net.to(self.processes.device)
         self.trainee = Trainee(self.student.net, config, self.processes, recipe.seed, policies_of(config.objective))
         cached_latents = recipe.student.autoencoder == "wan"
         self.stream = self._open_stream(recipe, "train", decode=not cached_latents)
@@ -192,7 +199,11 @@ class Trainer:
         target = self.folder / "students" / name
         with self.trainee.acting(acting):  # the tensors below are live
             adapter = None if name == "base" else self.trainee.adapter_state()
-            state = {key: whole(value).cpu() for key, value in (adapter or plain_state(self.student.net)).items()}
+            state = {}
+            for key, value in (adapter or plain_state(self.student.net)).items():
+                full = whole(value)  # all processes have a part in it
+                if self.processes.main:
+                    state[key] = full.cpu()
             if self.processes.main and adapter is None:
                 save_student(self.student, target, state=state)
             elif self.processes.main:
@@ -257,12 +268,18 @@ class Trainer:
         )
 
 
-def _check_processes(config: TrainConfig, processes: Processes) -> None:
-    if config.prompts_per_step % processes.count:
-        raise UserError(
-            f"train.prompts_per_step: {config.prompts_per_step} prompts cannot be split over "
-            f"{processes.count} processes; choose a multiple."
-        )
+def _check_processes(config: TrainConfig, discriminator: DiscriminatorConfig, processes: Processes) -> None:
+    shared = {"train.prompts_per_step": config.prompts_per_step}
+    if config.objective.name == "afd":
+        shared |= {
+            "train.held_out_per_step": config.held_out_per_step,
+            "discriminator.warmup_prompts": discriminator.warmup_prompts,
+        }
+    for key, prompts in shared.items():
+        if prompts % processes.count:
+            raise UserError(
+                f"{key}: {prompts} prompts cannot be split over {processes.count} processes; choose a multiple."
+            )
     if config.policy.name == "full" and config.policy.offload and processes.sharded:
         raise UserError("train.policy.offload: copies of a sharded network are sharded already; set it to false")
 

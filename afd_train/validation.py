@@ -29,7 +29,10 @@ class Validation:
         self._setup = setup
         self._folder = folder
         self._exact = exact and setup.held_out is not None
-        self._prompts = prompts_of(setup.held_out or setup.stream, setup.config.validation_prompts)
+        limit = setup.config.validation_prompts
+        # Where nothing is measured, no more are drawn than the strip shows.
+        shown = min(limit, STRIP_CLIPS, fitting(setup.student.video))
+        self._prompts = prompts_of(setup.held_out or setup.stream, limit if self._exact else shown)
 
     def run(self, step: int) -> Metrics:
         """Write the strip of `step` and return means over the clips, as `validation/...`; all processes draw."""
@@ -61,13 +64,22 @@ class Validation:
 
     def _write_strip(self, videos: np.ndarray, step: int, fps: float) -> None:
         """Clips side by side, enlarged to be visible: uint8 [N, F, H, W, 3] -> one mp4."""
-        factor = max(1, STRIP_PIXELS // videos.shape[2])
-        fitting = max(1, STRIP_WIDTH // (factor * videos.shape[3]))
-        large = videos[:fitting].repeat(factor, 2).repeat(factor, 3)
+        factor = enlargement(self._setup.student.video)
+        large = videos[: fitting(self._setup.student.video)].repeat(factor, 2).repeat(factor, 3)
         strip = np.concatenate(list(large), axis=2)
         self._folder.mkdir(parents=True, exist_ok=True)
         config = VideoConfig(width=strip.shape[2], height=strip.shape[1], frames=len(strip), fps=fps)
         write_mp4(self._folder / f"step-{step:06d}.mp4", strip, config)
+
+
+def enlargement(video: VideoConfig) -> int:
+    """By how much a strip's clips are enlarged."""
+    return max(1, STRIP_PIXELS // video.height)
+
+
+def fitting(video: VideoConfig) -> int:
+    """How many clips fit side by side into a strip."""
+    return max(1, STRIP_WIDTH // (enlargement(video) * video.width))
 
 
 def prompts_of(stream: Stream, limit: int | None = None) -> list[tuple[str, str]]:

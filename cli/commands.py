@@ -32,8 +32,9 @@ def main(verbose: bool) -> None:
     Every command can be stopped at any moment; the same command again goes on where it was.
     """
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s", force=True)
+    usual = logging.INFO if stages.first_process() else logging.WARNING
     for package in ("afd", "afd_data", "afd_train"):
-        logging.getLogger(package).setLevel(logging.DEBUG if verbose else logging.INFO)
+        logging.getLogger(package).setLevel(logging.DEBUG if verbose else usual)
 
 
 @main.command("cache-teacher", epilog=RECIPE_HELP, short_help="Ask the teacher for its videos.")

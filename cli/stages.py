@@ -12,7 +12,7 @@ import click
 
 from afd_data.errors import UserError
 
-from .students import student_folder
+from .students import resolved
 
 NAMES = ("cache-teacher", "train", "eval", "export")
 
@@ -57,6 +57,11 @@ def export(recipe) -> None:
         click.echo(f"Wrote {path}")
 
 
+def first_process() -> bool:
+    """Whether this is the first of the processes that `accelerate launch` started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def run(recipe, until: str) -> None:
     """The stages up to `until`, each under a heading; `export` where the recipe names formats.
 
@@ -64,8 +69,10 @@ def run(recipe, until: str) -> None:
     """
     stages: dict[str, Callable] = {"cache-teacher": cache_teacher, "train": train, "eval": evaluate, "export": export}
     names = [name for name in NAMES[: NAMES.index(until) + 1] if name != "export" or recipe.export.formats]
-    if int(os.environ.get("RANK", "0")) > 0:
-        names = [name for name in names if name == "train"]
+    if not first_process():
+        if "train" in names:
+            train(recipe)
+        return
     for number, name in enumerate(names, start=1):
         click.secho(f"[{number}/{len(names)}] {name}", bold=True)
         start = time.monotonic()
@@ -82,7 +89,7 @@ def generate(student: str, prompt: str, output: Path, seed: int, chunks: int | N
     prompt = normalise(prompt, "PROMPT")  # as training saw it: the noise is drawn from the text
     from afd_train.generate import generate
 
-    generate(student_folder(student), prompt, output, seed, chunks, image)
+    generate(resolved(student)[0], prompt, output, seed, chunks, image)
     click.echo(f"Wrote {output}")
 
 

@@ -8,18 +8,22 @@ from typing import Any
 import click
 
 
-def student_folder(student: str) -> Path:
-    """The folder that STUDENT means: that of this name, one on the Hub, or the averaged student of a trained recipe."""
+def resolved(student: str) -> tuple[Path, Any]:
+    """The folder that STUDENT means and the recipe it was trained by, if it is named by that.
+
+    A folder, one on the Hub (hf://...), or a trained recipe, whose `export.policy` says which of its students.
+    """
     if student.startswith("hf://"):
         from afd_train.hub import local_path
 
-        return local_path(student, "STUDENT")
+        return local_path(student, "STUDENT"), None
     if Path(student).is_dir():
-        return Path(student)
+        return Path(student), None
     from afd_train.recipe import load_recipe
     from afd_train.runs import student_folder
 
-    return student_folder(load_recipe(student))
+    recipe = load_recipe(student)
+    return student_folder(recipe, recipe.export.policy), recipe
 
 
 @click.command(short_help="Write a student for other programs.")
@@ -52,7 +56,7 @@ def export(student: str, output: Path, format: Any) -> None:
     """
     from afd_train.export import export_student
 
-    click.echo(f"Wrote {export_student(student_folder(student), output, format)}")
+    click.echo(f"Wrote {export_student(resolved(student)[0], output, format)}")
 
 
 @click.command("push-student", short_help="Publish a student on the Hub.")
@@ -77,16 +81,8 @@ def push_student(
     """
     from afd_train import publish
 
-    recipe, policy = None, "ema"
-    if Path(student).is_dir():
-        folder = Path(student)
-    else:
-        from afd_train.recipe import load_recipe
-        from afd_train.runs import student_folder
-
-        recipe = load_recipe(student)
-        policy = recipe.export.policy
-        folder = student_folder(recipe, policy)
+    folder, recipe = resolved(student)
+    policy = recipe.export.policy if recipe else "ema"
     if dry_run:
         with publish.prepared(folder, repo, recipe=recipe, licence=licence, policy=policy) as push:
             sizes = push.sizes()

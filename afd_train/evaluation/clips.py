@@ -121,7 +121,7 @@ def generate(
     if made != wanted:
         raise UserError(f"{student}: makes videos of (width, height, frames, fps) {made}, the recipe's are {wanted}")
     opened.net.to(best_device())
-    opened = opened.sampled_as(sampler)
+    opened.sample_as(sampler)
     opened.text = text = CachedText(opened.text, conditioning)
     text.fill([prompt for _, prompt in missing])
     together = max(1, batch // takes)  # and written together: what is lost when the process dies

@@ -21,7 +21,7 @@ from afd_train.objectives.judge import Judge, parts_of, told_apart
 from afd_train.policies import old_policy_decay
 
 HISTOGRAM = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0)  # bins of the weights in the log
-WARMUP_TAKES = 4  # rollouts of a prompt that the warm-up draws from
+WARMUP_TAKES = 4  # rollouts of a prompt that the warm-up chooses from
 
 
 class AdversarialFlowDistillation:
@@ -38,28 +38,27 @@ class AdversarialFlowDistillation:
     def prepare(self, log: Callable[[int, Metrics], None]) -> None:
         """Warm the discriminator up on base rollouts, drawn once a prompt (steps -warmup_steps .. -1)."""
         setup, config = self._setup, self._setup.discriminator
-        drawn: dict[str, Tensor] = {}  # prompt id -> [WARMUP_TAKES, F, C, H, W]
+        drawn: dict[tuple[str, int], Tensor] = {}  # (prompt id, take) -> [F, C, H, W], in the CPU's memory
         for index in range(config.warmup_steps):
             step = index - config.warmup_steps
-            examples = setup.stream.next_batch(max(1, config.warmup_prompts // setup.processes.count))
-            self._draw_new(examples, drawn)
-            choice = setup.draws(step, "warm-up", examples).integers(WARMUP_TAKES).tolist()
-            clips = torch.stack([drawn[e.prompt_id][take] for e, take in zip(examples, choice, strict=True)])
+            examples = setup.stream.next_batch(config.warmup_prompts // setup.processes.count)
+            takes = setup.draws(step, "warm-up", examples).integers(WARMUP_TAKES).tolist()
+            for take in range(WARMUP_TAKES):
+                self._draw([e for e, chosen in zip(examples, takes, strict=True) if chosen == take], take, drawn)
+            clips = torch.stack([drawn[e.prompt_id, take] for e, take in zip(examples, takes, strict=True)])
             metrics = self._judge.learn(examples, clips.to(setup.student.device), step, config.warmup_learning_rate)
             log(step, setup.processes.mean(metrics | self._held_out(step)))
 
-    def _draw_new(self, examples: Sequence[Example], drawn: dict[str, Tensor]) -> None:
-        """Base rollouts of prompts that have none yet, kept in the CPU's memory."""
-        new = [example for example in examples if example.prompt_id not in drawn]
+    def _draw(self, examples: Sequence[Example], take: int, drawn: dict[tuple[str, int], Tensor]) -> None:
+        """Add this take of the base's rollouts where it is not in `drawn` yet."""
+        setup = self._setup
+        new = [example for example in examples if (example.prompt_id, take) not in drawn]
         # Sharded processes gather weights together, so all of them draw, and as much, if any has to.
-        most = self._setup.processes.largest(len(new))
-        new += [examples[0]] * (most - len(new))
-        for part in parts_of(len(new), WARMUP_TAKES, self._setup.config.clips_per_pass) if new else ():
-            some = new[part.prompts]
-            clips = self._setup.rollout(some, -1, part.takes).clips.cpu().unflatten(0, (len(some), len(part.takes)))
-            for example, takes in zip(some, clips, strict=True):
-                known = drawn.get(example.prompt_id, takes[:0])
-                drawn[example.prompt_id] = torch.cat([known, takes])[:WARMUP_TAKES]
+        filler = setup.stream.example(setup.stream.keys[0])
+        new += [filler] * (setup.processes.largest(len(new)) - len(new))
+        for part in parts_of(len(new), 1, setup.config.clips_per_pass) if new else ():
+            clips = setup.rollout(new[part.prompts], -1, range(take, take + 1)).clips.cpu()
+            drawn |= {(e.prompt_id, take): clip for e, clip in zip(new[part.prompts], clips, strict=True)}
 
     def step(self, examples: Sequence[Example], step: int) -> Metrics:
         """One update of the discriminator and one of the student on K rollouts of every prompt."""
@@ -92,7 +91,7 @@ class AdversarialFlowDistillation:
         setup, wanted = self._setup, self._setup.config.held_out_per_step
         if setup.held_out is None or wanted == 0:
             return {}
-        examples = setup.held_out.next_batch(max(1, wanted // setup.processes.count))
+        examples = setup.held_out.next_batch(wanted // setup.processes.count)
         parts = parts_of(len(examples), 1, setup.config.clips_per_pass)
         clips = torch.cat([setup.rollout(examples[part.prompts], step, part.takes).clips for part in parts])
         return told_apart("held_out_", *self._judge.score(examples, clips))

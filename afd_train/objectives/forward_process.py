@@ -72,6 +72,16 @@ class Noisy:
         return Noisy(self.x[rows], self.t[rows], self.target[rows], self.text[[row // takes for row in rows]])
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A part's clips with what the other policies say of them: all of them the old one, these `rows` the reference."""
+
+    noisy: Noisy
+    v_old: Tensor
+    rows: list[int]
+    v_reference: Tensor | None
+
+
 class ForwardProcess:
     """One update of the student on weighted rollouts."""
 
@@ -82,9 +92,20 @@ class ForwardProcess:
 
     def update(self, drawn: Step, weight: Tensor) -> Metrics:
         """weight: [P K] in [0, 1]."""
-        sums = {"loss": 0.0, "deviation": 0.0, "prior": 0.0, "reference": 0.0}
-        for part in parts_of(len(drawn.examples), drawn.takes, self._setup.config.clips_per_pass):
-            for name, value in self._accumulate(drawn, part, weight[part.rows]).items():
+        parts = list(parts_of(len(drawn.examples), drawn.takes, self._setup.config.clips_per_pass))
+        noisy, contexts = [self._noisy(drawn, part) for part in parts], [drawn.context[part.rows] for part in parts]
+        rows = [self._compared(drawn, part) for part in parts]
+        # What other policies say comes first, so that each takes the student's place once a step.
+        v_old = self._frozen("old", noisy, contexts)
+        some = [index for index in range(len(parts)) if rows[index]]
+        said = self._frozen(
+            "reference", [noisy[i].rows(rows[i]) for i in some], [contexts[i][rows[i]] for i in some]
+        )  # fmt: skip
+        v_reference = dict(zip(some, said, strict=True))
+        sums: dict[str, float] = {"loss": 0.0, "deviation": 0.0, "prior": 0.0, "reference": 0.0}
+        for index, part in enumerate(parts):
+            asked = Asked(noisy[index], v_old[index], rows[index], v_reference.get(index))
+            for name, value in self._accumulate(drawn, part, asked, weight[part.rows]).items():
                 sums[name] += value
         norm = self._setup.trainee.step(drawn.number)
         return {
@@ -94,29 +115,33 @@ class ForwardProcess:
             "student/reference_distance": sums["prior"] / sums["reference"],
         }
 
-    def _accumulate(self, drawn: Step, part: Part, weight: Tensor) -> dict[str, float]:
+    @staticmethod
+    def _compared(drawn: Step, part: Part) -> list[int]:
+        """Rows of a part that are compared with the reference: one clip a prompt, the same take on every process.
+
+        The prior's weight is 1e-4, and its cost is not.
+        """
+        take, group = drawn.number % drawn.takes - part.takes.start, len(part.takes)
+        clips = part.rows.stop - part.rows.start
+        return list(range(take, clips, group)) if 0 <= take < group else []
+
+    def _accumulate(self, drawn: Step, part: Part, asked: Asked, weight: Tensor) -> dict[str, float]:
         """Add the gradient of a part of the clips; returns its share of the sums in the log."""
+        noisy, rows = asked.noisy, asked.rows
         clips, context = drawn.clips[part.rows], drawn.context[part.rows]
-        noisy = self._noisy(drawn, part)
-        v_old = self._frozen("old", noisy, context)
-        # The prior's weight is 1e-4 and its cost is not: one clip a prompt is compared, the same on every process.
-        take = drawn.number % drawn.takes - part.takes.start
-        group = len(part.takes)
-        rows = list(range(take, len(clips), group)) if 0 <= take < group else []
-        v_reference = self._frozen("reference", noisy.rows(rows), context[rows]) if rows else None
         share, of_prompts = len(clips) / len(drawn.clips), len(rows) / len(drawn.examples)
         sums = {"loss": 0.0, "deviation": 0.0, "prior": 0.0, "reference": 0.0}
         for frames, v in self._student(noisy, clips, context, drawn.cache):
-            size = len(frames) / noisy.x.shape[1]
-            loss = share * size * forward_process_loss(
-                v, v_old[:, frames], noisy.target[:, frames], weight, self._config.policy_mix
-            )  # fmt: skip
+            size, v_old = len(frames) / noisy.x.shape[1], asked.v_old[:, frames]
+            loss = forward_process_loss(v, v_old, noisy.target[:, frames], weight, self._config.policy_mix)
+            loss = share * size * loss
             sums["loss"] += float(loss.detach())
-            sums["deviation"] += share * size * float(per_clip_mse(v.detach(), v_old[:, frames]).mean())
-            if v_reference is not None:
-                prior = of_prompts * size * prior_loss(v[rows], v_reference[:, frames])
+            sums["deviation"] += share * size * float(per_clip_mse(v.detach(), v_old).mean())
+            if asked.v_reference is not None:
+                v_reference = asked.v_reference[:, frames]
+                prior = of_prompts * size * prior_loss(v[rows], v_reference)
                 sums["prior"] += float(prior.detach())
-                sums["reference"] += of_prompts * size * float(v_reference[:, frames].square().mean())
+                sums["reference"] += of_prompts * size * float(v_reference.square().mean())
                 loss = loss + self._config.prior_weight * prior
             self._setup.trainee.accumulate(loss)
         return sums
@@ -136,14 +161,16 @@ class ForwardProcess:
         clean = clips.repeat(1, copies, 1, 1, 1)
         return Noisy(noised(clean, noise, t), t, velocity(clean, noise), self._setup.text(examples))
 
-    def _frozen(self, policy: Policy, noisy: Noisy, context: Tensor) -> Tensor:
-        """Another policy's velocity on the same clean context: [B, n F, C, H, W]."""
-        setup = self._setup
-        v = torch.empty_like(noisy.x)
+    def _frozen(self, policy: Policy, noisy: Sequence[Noisy], contexts: Sequence[Tensor]) -> list[Tensor]:
+        """Another policy's velocities on the same clean contexts: [B, n F, C, H, W] each."""
+        setup, found = self._setup, []
         with setup.trainee.acting(policy) as net, setup.processes.unsharded(net):
-            for frames, piece in self._pieces(net, noisy, self._remembered(net, context, noisy.text)):
-                v[:, frames] = piece
-        return v
+            for part, context in zip(noisy, contexts, strict=True):
+                v = torch.empty_like(part.x)
+                for frames, piece in self._pieces(net, part, self._remembered(net, context, part.text)):
+                    v[:, frames] = piece
+                found.append(v)
+        return found
 
     def _student(
         self, noisy: Noisy, clips: Tensor, context: Tensor, cache: KVCache | None

@@ -56,11 +56,10 @@ class Student:
         """Chunks of a clip."""
         return self.shape.frames // self.config.chunk_frames
 
-    def sampled_as(self, config: StudentConfig) -> Student:
-        """The same network, drawing as `config` says."""
-        mine = self.config.model_copy(update={key: getattr(config, key) for key in SAMPLER})
-        self.net.window = Window(mine.window, mine.sink)
-        return Student(self.net, mine, self.video)
+    def sample_as(self, config: StudentConfig) -> None:
+        """From here on, draw as `config` says."""
+        self.config = self.config.model_copy(update={key: getattr(config, key) for key in SAMPLER})
+        self.net.window = Window(self.config.window, self.config.sink)
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """[P] texts -> [P, L, D] on the network's device."""
@@ -101,6 +100,7 @@ class Student:
                 "frame-wise students (student.chunk_frames 1) can"
             )
         text = self.encode_text([clip.prompt])
+        self.text.release()  # of 11 GB, next to a network that draws for long
         count = self.chunks if chunks is None else chunks
         sampler, decode = Sampler.of(self.config, training=False), self.autoencoder.stream()
         window = self.config.window

@@ -1,4 +1,4 @@
-"""Attention over folded frames: the key-value cache, rotary tables, and the two processors of Wan's blocks.
+"""Attention over folded frames: the key-value cache, the rotary table, and the two processors of Wan's blocks.
 
 Keys and values are [B, tokens, heads, head_dim], keys stored after the rotary embedding at absolute positions; T =
 tokens of a latent frame.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -64,18 +65,15 @@ class Pass:
     """What one forward pass attends to."""
 
     frames: int
-    cos: Tensor  # [frames T, head_dim / 2]
-    sin: Tensor
+    turn: Tensor  # [frames T, head_dim / 2], complex
     spans: tuple[Span, ...]
     cache: KVCache | None = None
     write: bool = False  # own keys and values into the cache before attention
 
 
 @lru_cache(maxsize=32)
-def rotary_tables(
-    positions: tuple[int, ...], height: int, width: int, head_dim: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """cos and sin, [F height width, head_dim / 2] in float32, for frames at absolute `positions` (F of them).
+def rotary_table(positions: tuple[int, ...], height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
+    """cos + i sin, [F height width, head_dim / 2] in complex64, for frames at absolute `positions` (F of them).
 
     Wan's split of a head of size d: 2 (d // 6) each for height and width, the rest for time; theta 10,000.
     """
@@ -90,7 +88,7 @@ def rotary_tables(
         along[axis] = shape[axis]
         angles.append(angle.view(along).expand(*shape, -1))
     angle = torch.cat(angles, 3).flatten(0, 2)
-    return angle.cos().float().to(device), angle.sin().float().to(device)
+    return torch.complex(angle.cos().float(), angle.sin().float()).to(device)
 
 
 class CausalRope(nn.Module):
@@ -105,10 +103,10 @@ class CausalRope(nn.Module):
         return self._pass[0]
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of neighbouring pairs.  x: [B, N, heads, d]; cos, sin: [N, d / 2]."""
+def rotated(x: Tensor, turn: Tensor) -> Tensor:
+    """Rotary embedding of neighbouring pairs.  x: [B, N, heads, d]; turn: [N, d / 2], complex."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * torch.complex(cos, sin)[:, None]).flatten(-2).type_as(x)
+    return torch.view_as_real(pairs * turn[:, None]).flatten(-2).type_as(x)
 
 
 def _heads(x: Tensor, attn: WanAttention, batch: int) -> Tensor:
@@ -118,7 +116,8 @@ def _heads(x: Tensor, attn: WanAttention, batch: int) -> Tensor:
 
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """All [B, N, heads, d]."""
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
 def _projected(x: Tensor, attn: WanAttention, like: Tensor) -> Tensor:
@@ -140,7 +139,7 @@ class SelfAttention:
         query = _heads(attn.norm_q(attn.to_q(hidden_states)), attn, batch)
         key = _heads(attn.norm_k(attn.to_k(hidden_states)), attn, batch)
         value = _heads(attn.to_v(hidden_states), attn, batch)
-        query, key = rotated(query, now.cos, now.sin), rotated(key, now.cos, now.sin)
+        query, key = rotated(query, now.turn), rotated(key, now.turn)
         if now.cache is not None and now.write:
             now.cache.write(self.layer, key, value, tokens)
         cached = _stored(now.cache, self.layer)
@@ -180,12 +179,18 @@ class CrossAttention:
     def _text(self, attn: WanAttention, text: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the text, [P, L, heads, d]."""
         cache = self._pass[0].cache
-        # What is cached carries no gradient: right for the context of an update, wrong for how it reads its prompt.
-        keep = cache is not None and not torch.is_grad_enabled()
-        if cache is not None and keep and self.layer in cache.text:
+        if knows_text(cache, self.layer):
             return cache.text[self.layer]
         key = _heads(attn.norm_k(attn.to_k(text)), attn, text.shape[0])
         value = _heads(attn.to_v(text), attn, text.shape[0])
-        if cache is not None and keep:
+        if cache is not None and not torch.is_grad_enabled():
             cache.text[self.layer] = key, value
         return key, value
+
+
+def knows_text(cache: KVCache | None, layer: int) -> TypeGuard[KVCache]:
+    """Whether a layer reads its prompt from the cache.
+
+    What is cached carries no gradient: right for the context of an update, wrong for how it reads its prompt.
+    """
+    return cache is not None and layer in cache.text and not torch.is_grad_enabled()

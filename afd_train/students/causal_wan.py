@@ -19,7 +19,15 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel,
 from torch import Tensor, nn
 
 from afd_train.flow import velocity_from_clean
-from afd_train.students.attention import CausalRope, CrossAttention, KVCache, Pass, SelfAttention, rotary_tables
+from afd_train.students.attention import (
+    CausalRope,
+    CrossAttention,
+    KVCache,
+    Pass,
+    SelfAttention,
+    knows_text,
+    rotary_table,
+)
 from afd_train.students.spans import (
     EVERYTHING,
     Span,
@@ -157,11 +165,13 @@ class CausalWan(nn.Module):
         batch, frames = x.shape[:2]
         config = self.transformer.config
         rows, columns = (size // patch for size, patch in zip(x.shape[3:], config["patch_size"][1:], strict=True))
-        cos, sin = rotary_tables(positions, rows, columns, config["attention_head_dim"], x.device)
+        turn = rotary_table(positions, rows, columns, config["attention_head_dim"], x.device)
         if self.coordinates:
             x = torch.cat([x, _coordinates(x)], 2)
         dtype = self.transformer.patch_embedding.weight.dtype
-        self._pass[:] = [Pass(frames, cos, sin, spans, cache, write)]
+        if knows_text(cache, len(self.transformer.blocks) - 1):
+            text = text[:, :0]  # no layer looks at it again, so there is nothing to embed
+        self._pass[:] = [Pass(frames, turn, spans, cache, write)]
         try:
             (out,) = self.transformer(
                 hidden_states=x.flatten(0, 1).unsqueeze(2).to(dtype),

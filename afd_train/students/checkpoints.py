@@ -183,7 +183,8 @@ def _unpickled(path: Path, where: str) -> Any:
             "ask for a .safetensors file."
         ) from None
     except Exception as error:  # a damaged pickle can raise anything
-        raise UserError(f"{where}: not a readable checkpoint ({_line(error)}); fetch it again") from None
+        # What torch says is an advice to unpickle it.
+        raise UserError(f"{where}: damaged, or it holds more than tensors and is not safe to open") from error
 
 
 def _network(content: Any, key: str | None, where: str) -> dict[str, Any]:

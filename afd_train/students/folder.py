@@ -102,12 +102,13 @@ def save_adapter(
 
 
 def open_student(folder: Path | str) -> Student:
-    """Read a student folder (or hf://...); `base` names the one that afd ships.  On the CPU, in evaluation mode.
+    """Read a student folder (or hf://...); the word `base` is the one that afd ships.  On the CPU, in evaluation mode.
 
     Weights come in the precision of its configuration, adapters merged.  Raises UserError when the folder, its JSON or
     its weights are not a student's.
     """
-    folder = shipped_base() if str(folder) == "base" else local_path(folder, "student")
+    # A path is one, also that of a run's own folder `base`.
+    folder = shipped_base() if isinstance(folder, str) and folder == "base" else local_path(folder, "student")
     about = read_about(folder)
     student = Student(causal_net(_opened(folder, about, about.student), about.student), about.student, about.video)
     student.net.eval()
@@ -151,8 +152,12 @@ def read_about(folder: Path) -> StudentFile:
         raise UserError(f"{folder}: no student here (student.json is missing). Name a folder that `afd train` wrote.")
     try:
         about = StudentFile.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a student's description: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        raise UserError(f"{path}: not a student's description: {where}: {first['msg']}") from None
     if about.format != FORMAT:
         raise UserError(f"{path}: format {about.format}, this afd reads {FORMAT}")
     return about
@@ -164,6 +169,7 @@ def _opened(
     """The transformer of a student folder in the precision of `config`; `above`: folders whose base it is."""
     if about.base is None:
         weights = read_weights(folder / TRANSFORMER, None, "student")
+        _same_sizes(sizes_of(weights), config, f"{folder}: {TRANSFORMER}/")
         return _filled(config, weights, f"{folder}: {TRANSFORMER}/ and {ABOUT}")
     where = f"{folder / ABOUT}: base {about.base}"
     base = _base_path(folder, about.base, where)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanTrans
 from torch import Tensor
 
 from afd_train.rollout import Noise, Sampler
+from afd_train.student_config import LatentShape
 from afd_train.students.causal_wan import CausalWan
 
 
@@ -31,14 +33,14 @@ class LayerCache:
 
 
 class PlainLoop:
-    """Draws clips of `frames` latent frames in a batch of `batch`.  Velocity prediction and clean contexts only."""
+    """Draws a batch of `batch` clips of some latent shape.  Velocity prediction and clean contexts only."""
 
-    def __init__(self, net: CausalWan, batch: int, frames: int, height: int, width: int):
+    def __init__(self, net: CausalWan, batch: int, latents: LatentShape):
         assert net.prediction == "velocity"
         assert not net.coordinates
         self.net, self.wan = net, net.transformer
         self.blocks = [block for block in self.wan.blocks if isinstance(block, WanTransformerBlock)]
-        self.rows, self.columns = height // 2, width // 2
+        self.rows, self.columns, frames = latents.height // 2, latents.width // 2, latents.frames
         self.tokens = self.rows * self.columns
         self.heads, head_dim = self.wan.config["num_attention_heads"], self.wan.config["attention_head_dim"]
         weight = self.wan.patch_embedding.weight
@@ -60,13 +62,14 @@ class PlainLoop:
             times = sampler.times if index else sampler.first_times
             start = index * self.net.chunk_frames
             x = clean = noise.step()
+            remembered = torch.full(x.shape[:2], sampler.context_time, device=x.device)
             for now, after in zip(times, [*times[1:], None], strict=True):
                 t = torch.full(x.shape[:2], now, device=x.device)
                 v = self.velocity(x, t, text, start)
                 clean = (x.double() - now * v.double()).to(x.dtype)
                 if after is not None:
                     x = (1 - after) * clean + after * noise.step()
-            self.velocity(clean, torch.full_like(t, sampler.context_time), text, start)
+            self.velocity(clean, remembered, text, start)
             done.append(clean)
         return torch.cat(done, 1)
 
@@ -112,8 +115,9 @@ class PlainLoop:
         y = self._self_attention(block.attn1, self.caches[layer], modulated(h, scale, shift), turn, start)
         h = (h.float() + (y.unflatten(1, grid) * gate).flatten(1, 2)).type_as(h)
         h = h + self._cross_attention(block.attn2, layer, block.norm2(h.float()).type_as(h), words)
-        y = F.gelu(block.ffn.net[0].proj(modulated(h, scale2, shift2)), approximate="tanh")
-        y = block.ffn.net[2](y).float().unflatten(1, grid) * gate2
+        widen, narrow = cast(Any, block.ffn.net[0]).proj, block.ffn.net[2]
+        y = narrow(F.gelu(widen(modulated(h, scale2, shift2)), approximate="tanh"))
+        y = y.float().unflatten(1, grid) * gate2
         return (h.float() + y.flatten(1, 2)).type_as(h)
 
     def _self_attention(self, attn: WanAttention, cache: LayerCache, x: Tensor, turn: Tensor, start: int) -> Tensor:

@@ -1,11 +1,12 @@
 """Seconds and memory of alternatives on a machine that others use too.
 
 Alternatives take turns, so that a busy minute falls on all of them; ratios are medians over rounds of the ratio within
-a round.
+a round.  With one thread on a CPU, seconds are those of this process: what other programs take does not count.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import statistics
@@ -52,11 +53,12 @@ def interleaved(work: Mapping[str, Callable[[], object]], repeats: int, device: 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
     """Of one call, until the device is done."""
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     synchronise(device)
-    start = time.perf_counter()
+    start = clock()
     work()
     synchronise(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def synchronise(device: torch.device) -> None:
@@ -68,8 +70,7 @@ def synchronise(device: torch.device) -> None:
 def matmul_rate(dtype: torch.dtype, device: torch.device, side: int = 4096, repeats: int = 3) -> float:
     """FLOP/s of the fastest of a few products of square matrices: what the arithmetic floor divides by."""
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    a @ b
-    return 2.0 * side**3 / min(seconds(lambda: a @ b, device) for _ in range(repeats))
+    return 2.0 * side**3 / min(seconds(lambda: a @ b, device) for _ in range(repeats + 1))
 
 
 def machine(device: torch.device) -> str:
@@ -87,6 +88,13 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def gib(peak_bytes: int | None) -> str:
     """A cell: GiB, or nothing."""
     return "" if peak_bytes is None else f"{peak_bytes / 2**30:.2f}"
+
+
+def device_options(parser: argparse.ArgumentParser) -> None:
+    """Those of every benchmark: --device, --repeats and --json."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, help="rounds; default: by size")
+    parser.add_argument("--json", help="write the numbers to this file as well")
 
 
 def write_json(path: str | None, record: object) -> None:

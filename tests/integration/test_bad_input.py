@@ -387,7 +387,7 @@ CASES = [
         "weights of another student",
         lambda folder: overwritten(f"{TRAIN}/students/ema/student.json", other_width(folder))(folder),
         "generate a 'a ball'",
-        "transformer/ and student.json: the weights do not fit the network",
+        "ema: transformer/ has dim 24 (the recipe: 32)",
     ),
     Case("no mp4", nothing, "generate a 'a ball' -o ball.gif", "--output ball.gif: the name must end in .mp4"),
     Case(

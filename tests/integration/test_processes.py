@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
+from afd_data.errors import UserError
 from afd_train.recipe import load_recipe
 from afd_train.runlog import read_metrics
 from afd_train.students.folder import open_student
@@ -35,6 +37,7 @@ VARIANTS = {
     "ddp-lora": ["train.shard=never", *LORA],
     "fsdp-lora": ["train.shard=always", *LORA, *PARTS],
     "fsdp-bfloat16": ["train.shard=always", "student.dtype=bfloat16"],
+    "fsdp-lora-bfloat16": ["train.shard=always", *LORA, *PARTS, "student.dtype=bfloat16"],
 }
 MANY = """
 import json, sys
@@ -80,8 +83,11 @@ def runs(recipe_file: Path) -> Path:
     """All variants on two processes, one launch for all, and the same with one process."""
     script = recipe_file.with_name("many.py")
     script.write_text(MANY)
+    train(load_recipe(recipe_file, [f"out={recipe_file.parent / 'begun'}", "train.steps=2", "train.shard=never"]))
+    sets = [sets_of(recipe_file, name) for name in VARIANTS]
+    sets.append([f"out={recipe_file.parent / 'begun'}", "train.shard=never"])
     process = launched(
-        str(script), str(recipe_file), json.dumps([sets_of(recipe_file, name) for name in VARIANTS]),
+        str(script), str(recipe_file), json.dumps(sets),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     for name in ("ddp", "ddp-lora", "fsdp-bfloat16"):  # sharding changes nothing where there is nobody to share with
@@ -107,6 +113,28 @@ def test_two_processes_log_what_one_does(runs, name):
     for one, two in zip(alone, together, strict=True):
         assert losses(one) == pytest.approx(losses(two), rel=0, abs=1e-5)
         assert one == pytest.approx(two, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.slow  # as above
+def test_two_processes_go_on_with_what_one_has_begun(runs):
+    alone, together = metrics(runs / "one-ddp"), metrics(runs / "begun")
+    assert [losses(row) for row in together] == [pytest.approx(losses(row), rel=0, abs=1e-5) for row in alone]
+
+
+@pytest.mark.slow  # as above
+def test_a_run_with_whole_weights_is_not_gone_on_with_sharded_ones(runs, recipe_file, tmp_path):
+    shutil.copytree(runs / "fsdp", tmp_path / "run")
+    with pytest.raises(UserError, match=r"another recipe \(train\.shard differ\)"):
+        train(
+            load_recipe(
+                recipe_file,
+                [
+                    f"out={tmp_path / 'run'}",
+                    "pretrain=[]",
+                    f"student.init={runs / 'fsdp/train/pretrain-0/students/ema'}",
+                ],
+            )
+        )
 
 
 @pytest.mark.slow  # as above
@@ -145,7 +173,7 @@ def traces(run: Path) -> dict[str, object]:
 
 
 @pytest.mark.slow  # two processes start twice
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp-lora-bfloat16"])
 def test_a_killed_run_of_two_processes_goes_on_exactly(runs, recipe_file, tmp_path, name):
     sets = [f"out={tmp_path / 'run'}", *VARIANTS[name]]
     command = ["-m", "afd_cli", "train", str(recipe_file), *(word for text in sets for word in ("--set", text))]

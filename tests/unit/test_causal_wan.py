@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from afd_train.flow import clean_from_velocity
-from afd_train.students.attention import KVCache, rotary_tables, rotated
+from afd_train.students.attention import KVCache, rotary_table, rotated
 from afd_train.students.causal_wan import CausalWan, ExactTimesteps, cast_weights
 from afd_train.students.folder import save_student
 from tests.dense_wan import oracle_of, stirred
@@ -426,8 +426,8 @@ def test_a_copy_can_run_in_the_middle_of_the_originals_pass(net, x):
 
 def test_rotary_rates_split_a_head_as_wan_does():
     # A head of 128: 44 for time, 42 each for height and width, so pairs 22 and 43 begin the second and third axis.
-    cos, sin = rotary_tables((0, 1), 2, 2, 128, CPU)  # tokens (frame, row, column): 000, 001, 010, 011, 100, ...
-    turned = torch.atan2(sin, cos)
+    # Tokens (frame, row, column): 000, 001, 010, 011, 100, ...
+    turned = rotary_table((0, 1), 2, 2, 128, CPU).angle()
     assert (turned[4] > 0).tolist() == [True] * 22 + [False] * 42
     assert (turned[2] > 0).tolist() == [False] * 22 + [True] * 21 + [False] * 21
     assert (turned[1] > 0).tolist() == [False] * 43 + [True] * 21
@@ -435,10 +435,9 @@ def test_rotary_rates_split_a_head_as_wan_does():
 
 
 def test_the_first_token_of_frame_0_is_not_rotated():
-    cos, sin = rotary_tables((0, 1), 2, 2, 24, CPU)
-    assert cos.shape == (8, 12)
-    assert torch.equal(cos[0], torch.ones(12))
-    assert torch.equal(sin[0], torch.zeros(12))
+    turn = rotary_table((0, 1), 2, 2, 24, CPU)
+    assert turn.shape == (8, 12)
+    assert torch.equal(turn[0], torch.ones(12, dtype=torch.complex64))
 
 
 def test_rotary_scores_depend_on_the_distance_of_frames_only():
@@ -446,16 +445,16 @@ def test_rotary_scores_depend_on_the_distance_of_frames_only():
     query, key = (torch.randn(1, 1, 1, 24, generator=generator) for _ in range(2))
 
     def score(at: int, seen: int) -> Tensor:
-        places = [rotary_tables((frame,), 1, 1, 24, CPU) for frame in (at, seen)]
-        return (rotated(query, *places[0]) * rotated(key, *places[1])).sum()
+        places = [rotary_table((frame,), 1, 1, 24, CPU) for frame in (at, seen)]
+        return (rotated(query, places[0]) * rotated(key, places[1])).sum()
 
     assert_close(score(7, 5), score(107, 105))
     assert not torch.isclose(score(7, 5), score(7, 4))
 
 
 def test_rotation_turns_neighbouring_pairs():
-    quarter = torch.tensor([[0.0]]), torch.tensor([[1.0]])  # cos, sin of 90 degrees
-    assert rotated(torch.tensor([[[[3.0, 4.0]]]]), *quarter).flatten().tolist() == [-4.0, 3.0]
+    quarter = torch.tensor([[1j]])
+    assert rotated(torch.tensor([[[[3.0, 4.0]]]]), quarter).flatten().tolist() == [-4.0, 3.0]
 
 
 def test_timesteps_are_cosines_then_sines_of_falling_rates():

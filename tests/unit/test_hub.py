@@ -45,10 +45,10 @@ def test_a_folder_holds_its_own_files_only(hub):
     assert not (folder.parent / "vae").exists()
 
 
-def test_neither_code_nor_pickles_are_fetched_with_a_repository(hub):
+def test_neither_code_nor_pickles_nor_encoders_are_fetched_with_a_repository(hub):
     hub.add("alice/model", FILES | EVIL)
     folder = local_path("hf://alice/model", "student.init")
-    assert names(folder) == FILES.keys() - {"checkpoints/x.pt"}
+    assert names(folder) == FILES.keys() - {"checkpoints/x.pt", "vae/config.json"}
     assert not [line for line in hub.requests if any(name in line for name in EVIL)]
 
 
