@@ -158,8 +158,8 @@ def above_the_limit(rows: Sequence[dict[str, Any]]) -> list[str]:
         lines.append(
             f"{row['layers']} layers, checkpointing {'blocks' if row['checkpointing'] else 'no'}: above {LIMIT}.  "
             f"{row['cache'] / total:.0%} of it are the cached keys and values of 18 context frames in every layer, of "
-            "which teacher forcing with checkpointing keeps one layer's.  A cache of the attention layers' inputs, from "
-            f"which keys and values are computed again, would halve that: {halved:.2f}, by arithmetic; it is not built."
+            "which teacher forcing with checkpointing keeps one layer's.  A cache of attention's inputs, from which "
+            f"keys and values are computed again, would halve that: {halved:.2f}, by arithmetic; it is not built."
         )
     return lines
 

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: the same clips, the same gradients, counted bytes and the notes' arithmetic."""
+"""The benchmarks measure what they say: the same clips, the same gradients, counted bytes and known arithmetic."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_plain_loop_draws_the_same_clips(settings):
     assert_close(rollout(net, text, size.noise(CPU), size.sampler, chunks=5).clips, expected, rtol=0, atol=1e-5)
 
 
-def test_arithmetic_is_that_of_the_notes_at_full_size():
+def test_a_full_size_rollout_takes_one_petaflop_and_an_update_more():
     size = size_of("1.3B")
     spans = teacher_forcing_spans(size.shape.frames, 3)
     assert rollout_flops(size, last_remembered=True) == pytest.approx(0.99e15, rel=0.02)
