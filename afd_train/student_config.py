@@ -113,8 +113,8 @@ class StudentConfig(Config):
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> StudentConfig:
-        if self.dim % self.heads or (self.dim // self.heads) % 2 or self.dim // self.heads < 12:
-            raise ValueError(f"dim: {self.dim} / heads {self.heads} must be an even number >= 12 (rotary embedding)")
+        if self.dim % self.heads or (self.dim // self.heads) % 2 or self.dim // self.heads < 6:
+            raise ValueError(f"dim: {self.dim} / heads {self.heads} must be an even number >= 6 (rotary embedding)")
         for name, steps in (("steps", self.steps), ("first_chunk_steps", self.first_chunk_steps or self.steps)):
             if any(not 0 < step <= 1000 for step in steps) or list(steps) != sorted(set(steps), reverse=True):
                 raise ValueError(f"{name}: {list(steps)} must fall strictly from at most 1000 towards 0")

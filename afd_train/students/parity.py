@@ -25,6 +25,8 @@ from afd_train.students.recording import MissingTensor, RecordedNoise, Recording
 TOLERANCE = 1e-5  # largest absolute difference in float32; timesteps count as times in [0, 1]
 _TIMESTEPS = ("timestep", "timesteps", "steps", "steps_first_chunk")
 
+_USUAL = {"1": (1000,), "2": (1000, 500), "4": (1000, 750, 500, 250)}  # steps by their number
+
 Outputs = dict[str, tuple[str, Tensor]]  # name within its group -> (what computed it, its value)
 
 
@@ -121,12 +123,12 @@ def _train_weight(times: Tensor) -> Tensor:
 
 def _noisy_context(recording: Recording, against: str, window: dict[str, int]) -> Outputs:
     net = recording.net(recording.student(**window))
-    v = net(recording["in.noisy"], recording.times("in.timestep"), recording["in.prompt_embeds"])
+    v = net(recording["in.noisy"], recording.times("in.timestep"), recording.text())
     return _prediction(recording, against, v)
 
 
 def _clean_context(recording: Recording, context: Tensor, t: Tensor | None) -> Outputs:
-    net, text = recording.net(recording.config), recording["in.prompt_embeds"]
+    net, text = recording.net(recording.config), recording.text()
     v = net(recording["in.noisy"], recording.times("in.timestep"), text, context, t)
     return _prediction(recording, "forward, teacher forcing", v)
 
@@ -143,7 +145,7 @@ def _sigma(name: str, recording: Recording) -> Tensor:
 
 def _cached(recording: Recording) -> Outputs:
     """Chunk after chunk: a pass over the noisy one, then the clean one is remembered."""
-    net, text = recording.net(recording.config), recording["in.prompt_embeds"]
+    net, text = recording.net(recording.config), recording.text()
     noisy, clean, t = recording["in.noisy"], recording["in.clean"], recording.times("in.timestep")
     cache, flow, clean_flow = net.memory(clean.shape[1]), [], []
     for i in range(0, clean.shape[1], net.chunk_frames):
@@ -169,7 +171,7 @@ def _rolled_out(group: str, recording: Recording) -> Outputs:
     starts = recording["in.noise"][batch, 0 if prefix is None else 1 :][:, : latents.shape[1]]
     injected = starts[:0] if f"{group}.injected" not in recording.tensors else recording[f"{group}.injected"]
     noise = RecordedNoise.of(starts, injected, sampler, config.chunk_frames)
-    text, chunks = recording["in.prompt_embeds"][batch], starts.shape[1] // config.chunk_frames
+    text, chunks = recording.text()[batch], starts.shape[1] // config.chunk_frames
     clips = rollout(recording.net(config), text, noise, sampler, chunks, prefix).clips
     found = {
         "latents": ("rollout", clips[:, -latents.shape[1] :]),  # image to video may be recorded without its image
@@ -182,13 +184,17 @@ def _rolled_out(group: str, recording: Recording) -> Outputs:
 
 
 def _steps(group: str, recording: Recording) -> dict[str, tuple[int, ...]]:
-    """The steps of a rollout as a recipe would name them; `train_rollout` has those of `rollout4`."""
-    source = "rollout4" if f"{group}.steps" not in recording.tensors and group == "train_rollout" else group
-    steps = {"steps": _unwarped(recording.times(f"{source}.steps"), recording.config.shift)}
-    if f"{source}.steps_first_chunk" in recording.tensors:
-        times = recording.times(f"{source}.steps_first_chunk")
-        steps["first_chunk_steps"] = _unwarped(times, recording.config.shift)
-    return steps
+    """The steps of a rollout as a recipe would name them; where they are not recorded, the usual ones of its name."""
+    found: dict[str, tuple[int, ...]] = {}
+    for ours, theirs in (("steps", "steps"), ("first_chunk_steps", "steps_first_chunk")):
+        if f"{group}.{theirs}" in recording.tensors:
+            found[ours] = _unwarped(recording.times(f"{group}.{theirs}"), recording.config.shift)
+    if "steps" not in found:
+        last = group[-1] if group[-1] in _USUAL else "2" if "window" in group else "4"
+        found["steps"] = _USUAL[last]
+    if "first4" in group:
+        found.setdefault("first_chunk_steps", _USUAL["4"])
+    return found
 
 
 def _unwarped(times: Tensor, shift: float) -> tuple[int, ...]:

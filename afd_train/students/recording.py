@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -66,6 +67,11 @@ class Recording:
     def times(self, name: str) -> Tensor:
         """Timesteps as times in [0, 1], in float64: the rounding of a timestep shows in the output."""
         return self[name].double() / TRAIN_TIMESTEPS
+
+    def text(self) -> Tensor:
+        """Embedded prompts, padded with zeros as the original pads them: [B, L, D]."""
+        embedded = self["in.prompt_embeds"]
+        return F.pad(embedded, (0, 0, 0, max(0, self.config.text_tokens - embedded.shape[1])))
 
     def student(self, **settings: Any) -> StudentConfig:
         """The folder's student, sampled in another way."""
@@ -156,6 +162,7 @@ def _student(about: Mapping[str, Any], path: Path) -> StudentConfig:
         if about.get(name, value) != value:
             raise UserError(f"{path}: {name} is {about[name]}; only {value} is known")
     sizes = {ours: about[name] for ours, name in _SIZES.items()}
+    sizes["text_tokens"] = about.get("text_len", 1)  # to which prompts are padded, if at all
     try:
         return StudentConfig(
             **sizes, shift=about.get("scheduler_shift", 5.0), autoencoder="wan", renoised_context="training"

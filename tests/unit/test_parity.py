@@ -92,6 +92,17 @@ def test_a_changed_input_fails_where_it_is_used(damaged, name, fails):
     assert fails in failures(folder)
 
 
+def test_prompts_without_their_padding_are_padded(damaged):
+    def cut(tensors: dict[str, Tensor]) -> None:
+        tensors["in.prompt_embeds"] = tensors["in.prompt_embeds"][:, :9].contiguous()  # the longest has 9 tokens
+
+    assert failures(damaged(cut)) == {}
+
+
+def test_steps_that_are_not_recorded_are_the_usual_ones(damaged):
+    assert failures(damaged(lambda tensors: tensors.pop("rollout4.steps"))) == {}
+
+
 def test_a_nan_fails_in_an_input_and_in_an_output(damaged):
     def change(tensors: dict[str, Tensor]) -> None:
         tensors["tf.flow"].view(-1)[0] = torch.nan
