@@ -60,6 +60,20 @@ def atomic_write(path: Path, mode: Literal["wb", "w"] = "wb") -> Iterator[IO[Any
 
 
 @contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield another path to write to: what lies there becomes `path` when the block ends, or is removed.
+
+    Not made durable: for what can be made again.
+    """
+    part = path.with_name(path.name + PART)
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to put files in: it becomes `folder`, complete and durable, when the block ends, or not.
 

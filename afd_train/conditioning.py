@@ -17,7 +17,7 @@ import os
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -63,10 +63,10 @@ class CachedText:
         """The encoder's."""
         return self._encoder.identity
 
-    def fill(self, prompts: Sequence[str], rank: int = 0, ranks: int = 1) -> None:
+    def fill(self, prompts: Iterable[str], rank: int = 0, ranks: int = 1) -> None:
         """Put every prompt on disk, then release the encoder; `ranks` processes share the work.
 
-        On return all are there, whoever made them.  Does nothing where nothing is written.
+        On return all are there, whoever made them.  Where nothing is written, `prompts` is not even looked at.
         """
         folder = self._folder
         if folder is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from PIL import Image, ImageOps
 
 from afd_data.config import VideoConfig
 from afd_data.errors import UserError
-from afd_data.files import PART
+from afd_data.files import whole_file
 from afd_data.prompts import prompt_id
 from afd_data.video import Mp4Writer
 from afd_train.students import Clip, best_device
@@ -43,16 +42,11 @@ def generate(
     opened.net.to(best_device())
     clip = Clip(prompt_id(prompt), prompt, seed, take=0)
     frames = 0
-    part = target.with_name(target.name + PART)
-    try:
-        with Mp4Writer(part, opened.video) as writer:
-            for chunk in opened.stream(clip, chunks, first):
-                writer.add(chunk)
-                frames += len(chunk)
-                progress(frames)
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(target) as part, Mp4Writer(part, opened.video) as writer:
+        for chunk in opened.stream(clip, chunks, first):
+            writer.add(chunk)
+            frames += len(chunk)
+            progress(frames)
     return frames
 
 

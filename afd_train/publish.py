@@ -100,7 +100,8 @@ def prepared(
     repo = checked_name(repo.removeprefix("hf://"))
     about = read_about(source)
     with _self_contained(source) as folder:
-        files: dict[str, Content] = {ABOUT: _public_about(folder / ABOUT), **_weights(folder, source)}
+        described = _public_about(folder / ABOUT)
+        files: dict[str, Content] = {ABOUT: described, **_weights(folder, source)}
         public, data, results, samples = None, None, None, {}
         if recipe is not None:
             public, data = public_recipe(recipe), read_teacher_data(stream_folder(recipe))
@@ -113,7 +114,7 @@ def prepared(
         facts = Facts(
             repo=repo,
             address=f"{constants.ENDPOINT}/{repo}/resolve/main",
-            about=StudentFile.model_validate_json(_public_about(source / ABOUT)),
+            about=StudentFile.model_validate_json(described),
             megabytes=sum(path.stat().st_size for path in (folder / TRANSFORMER).glob("*.safetensors")) / 1e6,
             licence=licence,
             recipe=public,

@@ -5,7 +5,6 @@ Every random number follows from (prompt id, seed, take): a sample does not depe
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from afd_train.draws import generator
 from afd_train.flow import clean_from_velocity, nearest_time, noised, schedule
 from afd_train.student_config import StudentConfig
 
@@ -73,12 +73,6 @@ class Noise(Protocol):
         ...
 
 
-def clip_generator(prompt_id: str, seed: int, take: int, purpose: str = "") -> torch.Generator:
-    """The source of the noise of one clip.  On the CPU, so that a clip does not depend on the device either."""
-    digest = hashlib.sha256(f"{prompt_id}/{seed}/{take}{purpose}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
 @dataclass(frozen=True)
 class ClipNoise:
     """Noise of a batch of clips, (prompt id, seed, take) each, drawn from generators of their own.
@@ -94,8 +88,8 @@ class ClipNoise:
     @staticmethod
     def of(clips: Sequence[tuple[str, int, int]], shape: tuple[int, ...], device: torch.device) -> ClipNoise:
         """The noise that belongs to these clips."""
-        steps = [clip_generator(*clip) for clip in clips]
-        return ClipNoise(steps, [clip_generator(*clip, "/context") for clip in clips], shape, device)
+        steps = [generator(*clip) for clip in clips]
+        return ClipNoise(steps, [generator(*clip, "context") for clip in clips], shape, device)
 
     def step(self) -> Tensor:
         """See `Noise`."""
@@ -105,8 +99,8 @@ class ClipNoise:
         """See `Noise`."""
         return self._draw(self.contexts)
 
-    def _draw(self, generators: Sequence[torch.Generator]) -> Tensor:
-        return torch.stack([torch.randn(self.shape, generator=generator) for generator in generators]).to(self.device)
+    def _draw(self, sources: Sequence[torch.Generator]) -> Tensor:
+        return torch.stack([torch.randn(self.shape, generator=source) for source in sources]).to(self.device)
 
 
 @dataclass(frozen=True)

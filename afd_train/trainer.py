@@ -246,7 +246,7 @@ class Trainer:
         streams = [self.stream, *([self.held_out] if self.held_out else [])]
         folder, processes = stream_folder(recipe), self.processes
         self.student.text = text = CachedText(self.student.text, folder)
-        prompts = [prompt for stream in streams for _, prompt in prompts_of(stream)]
+        prompts = (prompt for stream in streams for _, prompt in prompts_of(stream))
         text.fill(prompts, processes.index, processes.count)
         if not cached_latents:
             return None

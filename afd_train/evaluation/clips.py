@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 
 from afd_data.config import VideoConfig
 from afd_data.errors import UserError
+from afd_data.files import whole_file
 from afd_data.index import read_index
 from afd_data.sample import sample_key
 from afd_data.shards import read_manifest
@@ -162,10 +162,8 @@ def _keep_only(target: Path, source: dict) -> None:
 
 
 def _write(path: Path, frames: np.ndarray, video: VideoConfig) -> None:
-    # Complete or absent, but not fsynced: unlike a teacher's video it can be made again.
-    part = path.with_suffix(".part")
-    write_mp4(part, frames, video)
-    os.replace(part, path)
+    with whole_file(path) as part:
+        write_mp4(part, frames, video)
 
 
 def _in_file(path: Path, decoder: Decoder) -> Callable[[], np.ndarray]:

@@ -17,7 +17,8 @@ from afd_train.advantages import group_advantages, shuffled, weights_from_advant
 from afd_train.config import AfdConfig
 from afd_train.objectives import Metrics, Setup
 from afd_train.objectives.forward_process import ForwardProcess, Step
-from afd_train.objectives.judge import Judge, parts_of, told_apart
+from afd_train.objectives.judge import Judge, told_apart
+from afd_train.objectives.parts import parts_of
 from afd_train.policies import old_policy_decay
 
 HISTOGRAM = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0)  # bins of the weights in the log
@@ -54,8 +55,8 @@ class AdversarialFlowDistillation:
         setup = self._setup
         new = [example for example in examples if (example.prompt_id, take) not in drawn]
         # Sharded processes gather weights together, so all of them draw, and as much, if any has to.
-        filler = setup.stream.example(setup.stream.keys[0])
-        new += [filler] * (setup.processes.largest(len(new)) - len(new))
+        if lacking := setup.processes.largest(len(new)) - len(new):
+            new += [setup.stream.example(setup.stream.keys[0])] * lacking
         for part in parts_of(len(new), 1, setup.config.clips_per_pass) if new else ():
             clips = setup.rollout(new[part.prompts], -1, range(take, take + 1)).clips.cpu()
             drawn |= {(e.prompt_id, take): clip for e, clip in zip(new[part.prompts], clips, strict=True)}

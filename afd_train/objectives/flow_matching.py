@@ -12,6 +12,7 @@ from afd_train.draws import Draws
 from afd_train.flow import noised, velocity
 from afd_train.losses import flow_matching_loss
 from afd_train.objectives import Metrics, Setup
+from afd_train.objectives.parts import parts_of
 from afd_train.optimizer import Optimizer
 from afd_train.students.causal_wan import CausalWan
 
@@ -32,15 +33,14 @@ class FlowMatching:
     def step(self, examples: Sequence[Example], step: int) -> Metrics:
         """One update on the teacher's videos."""
         setup = self._setup
-        per_pass = setup.config.clips_per_pass or len(examples)
         total = 0.0
-        for start in range(0, len(examples), per_pass):
-            part = examples[start : start + per_pass]
+        for part in parts_of(len(examples), 1, setup.config.clips_per_pass):
+            some = examples[part.prompts]
             with setup.watch("encode"):
-                clips, text = setup.latents(part), setup.text(part)
+                clips, text = setup.latents(some), setup.text(some)
             with setup.watch("update"):
-                draws = setup.draws(step, "flow matching", part)
-                loss = teacher_forced_loss(setup.trainee.net, clips, text, draws) * len(part) / len(examples)
+                draws = setup.draws(step, "flow matching", some)
+                loss = teacher_forced_loss(setup.trainee.net, clips, text, draws) * len(some) / len(examples)
                 setup.trainee.accumulate(loss)
                 total += float(loss.detach())
         return {"student/loss": total, "student/grad_norm": setup.trainee.step(step)}

@@ -17,7 +17,7 @@ from afd_train.config import AfdConfig
 from afd_train.flow import noised, velocity
 from afd_train.losses import forward_process_loss, per_clip_mse, prior_loss
 from afd_train.objectives import Metrics, Setup
-from afd_train.objectives.judge import Part, parts_of
+from afd_train.objectives.parts import Part, parts_of
 from afd_train.policies import Policy
 from afd_train.rollout import Sampler
 from afd_train.students.attention import KVCache

@@ -7,7 +7,6 @@ Both sides are latents of 8-bit video: the teacher's were decoded from a file, t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,27 +16,7 @@ from afd_train.discriminators import new_discriminator
 from afd_train.draws import Draws
 from afd_train.losses import bradley_terry_loss
 from afd_train.objectives import Metrics, Setup
-
-
-@dataclass(frozen=True)
-class Part:
-    """Clips of a step that are computed at once: some takes of some prompts."""
-
-    prompts: slice  # of the step's examples
-    takes: range
-    rows: slice  # of the step's clips, which are ordered by prompt, then take
-
-
-def parts_of(prompts: int, takes: int, limit: int | None) -> Iterator[Part]:
-    """A step's clips in parts of at most `limit`, in order: whole groups where they fit, else takes of one prompt."""
-    limit = limit or prompts * takes
-    together, some = max(1, limit // takes), min(takes, limit)
-    for first in range(0, prompts, together):
-        last = min(first + together, prompts)
-        for start in range(0, takes, some):
-            stop = min(start + some, takes)
-            rows = slice(first * takes + start, (last - 1) * takes + stop)
-            yield Part(slice(first, last), range(start, stop), rows)
+from afd_train.objectives.parts import Part, parts_of
 
 
 class Judge:
@@ -53,8 +32,7 @@ class Judge:
         """One step on pairs of a rollout, [P K, F, C, h, w], and the teacher's video of its prompt."""
         teacher_scores, student_scores, loss_sum = [], [], 0.0
         with self._setup.watch("discriminator"):
-            for part in parts_of(len(examples), len(rollouts) // len(examples), self._setup.config.clips_per_pass):
-                teacher, student = self._scores(examples[part.prompts], rollouts[part.rows], part.takes, step)
+            for teacher, student in self._pairs(examples, rollouts, step):
                 loss = bradley_terry_loss(teacher, student) * len(student) / len(rollouts)
                 self.optimizer.accumulate(loss)
                 loss_sum += float(loss.detach())
@@ -71,25 +49,30 @@ class Judge:
     def score(self, examples: Sequence[Example], rollouts: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of the teacher's and the student's clips without input noise, paired: [P K] each."""
         with self._setup.watch("discriminator"):
-            parts = parts_of(len(examples), len(rollouts) // len(examples), self._setup.config.clips_per_pass)
-            pairs = [self._scores(examples[p.prompts], rollouts[p.rows], p.takes, None) for p in parts]
-        teacher, student = zip(*pairs, strict=True)
+            teacher, student = zip(*self._pairs(examples, rollouts, None), strict=True)
         return torch.cat(teacher), torch.cat(student)
 
-    def _scores(
-        self, examples: Sequence[Example], rollouts: Tensor, takes: range, step: int | None
-    ) -> tuple[Tensor, Tensor]:
-        """[P K] each; with a `step` its input noise is added."""
-        setup, prompts = self._setup, len(examples)
-        clips = torch.cat([setup.latents(examples), setup.student.autoencoder.round_trip(rollouts)])
-        prompt = torch.arange(prompts)
-        group = torch.cat([prompt, prompt.repeat_interleave(len(takes))])
-        if step is not None:
-            levels = setup.draws(step, "noise level", examples)
-            noises = setup.draws(step, "teacher", examples), setup.draws(step, "student", examples, takes)
-            clips = clips + input_noise(clips.shape, group, self._config.input_noise, levels, noises)
-        scores = self.net(clips, setup.text(examples)[group])
-        return scores[:prompts].repeat_interleave(len(takes)), scores[prompts:]
+    def _pairs(
+        self, examples: Sequence[Example], rollouts: Tensor, step: int | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Scores of teacher and student, paired, part by part; with a `step` its input noise is added."""
+        setup, takes = self._setup, len(rollouts) // len(examples)
+        teacher, text = setup.latents(examples), setup.text(examples)
+        for part in parts_of(len(examples), takes, setup.config.clips_per_pass):
+            student = setup.student.autoencoder.round_trip(rollouts[part.rows])
+            clips = torch.cat([teacher[part.prompts], student])
+            prompt = torch.arange(len(clips) - len(student))
+            group = torch.cat([prompt, prompt.repeat_interleave(len(part.takes))])
+            if step is not None:
+                clips = clips + self._noise(examples[part.prompts], part, step, clips.shape, group)
+            scores = self.net(clips, text[part.prompts][group])
+            yield scores[: len(prompt)].repeat_interleave(len(part.takes)), scores[len(prompt) :]
+
+    def _noise(self, examples: Sequence[Example], part: Part, step: int, shape: Sequence[int], group: Tensor) -> Tensor:
+        setup = self._setup
+        levels = setup.draws(step, "noise level", examples)
+        noises = setup.draws(step, "teacher", examples), setup.draws(step, "student", examples, part.takes)
+        return input_noise(shape, group, self._config.input_noise, levels, noises)
 
 
 def told_apart(which: str, teacher: Tensor, student: Tensor) -> Metrics:

@@ -133,8 +133,7 @@ def starting_student(config: StudentConfig, video: VideoConfig, seed: int, init:
         transformer = _opened(path, about, config)
     else:
         weights = read_weights(path, config.init_key, "student.init")
-        _same_sizes(sizes_of(weights) | heads_of(path), config, f"student.init: {init}")
-        transformer = _filled(config, weights, f"student.init: {init}")
+        transformer = _filled(config, weights, f"student.init: {init}", heads_of(path))
     student = Student(causal_net(transformer, config), config, video)
     student.net.train()
     return student
@@ -169,8 +168,7 @@ def _opened(
     """The transformer of a student folder in the precision of `config`; `above`: folders whose base it is."""
     if about.base is None:
         weights = read_weights(folder / TRANSFORMER, None, "student")
-        _same_sizes(sizes_of(weights), config, f"{folder}: {TRANSFORMER}/")
-        return _filled(config, weights, f"{folder}: {TRANSFORMER}/ and {ABOUT}")
+        return _filled(config, weights, f"{folder}: {TRANSFORMER}/")
     where = f"{folder / ABOUT}: base {about.base}"
     base = _base_path(folder, about.base, where)
     if base.resolve() in (*above, folder.resolve()):
@@ -194,8 +192,14 @@ def _base_path(folder: Path, base: str, where: str) -> Path:
     return path
 
 
-def _filled(config: StudentConfig, weights: Mapping[str, Tensor], where: str) -> WanTransformer3DModel:
-    """The transformer of `config` with these weights, in the precision of `config`, which no file backs any more."""
+def _filled(
+    config: StudentConfig, weights: Mapping[str, Tensor], where: str, stated: Mapping[str, int] | None = None
+) -> WanTransformer3DModel:
+    """The transformer of `config` with these weights, in the precision of `config`, which no file backs any more.
+
+    stated: sizes that are told beside the weights.  Raises UserError where they do not fit.
+    """
+    _same_sizes(sizes_of(weights) | dict(stated or {}), config, where)  # before anything of a wrong size is made
     with torch.device("meta"):
         transformer = new_transformer(config)
     load_weights(transformer, weights, where)

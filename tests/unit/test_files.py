@@ -7,12 +7,12 @@ from contextlib import suppress
 import pytest
 
 from afd_data.errors import UserError
-from afd_data.files import atomic_folder, atomic_write, is_held, one_writer
+from afd_data.files import atomic_folder, atomic_write, is_held, one_writer, whole_file
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from afd_data.files import one_writer
+from afd_data.files import one_writer, whole_file
 with one_writer(Path(sys.argv[1]), "cache x"):
     print("held", flush=True)
     time.sleep(60)
@@ -82,3 +82,15 @@ def test_a_folder_whose_replacement_was_killed_between_two_names_comes_back(tmp_
     with suppress(RuntimeError), atomic_folder(tmp_path / "a"):
         raise RuntimeError
     assert (tmp_path / "a" / "file").read_text() == "1"
+
+
+def test_a_whole_file_appears_when_its_block_ends_and_not_when_it_raises(tmp_path):
+    target = tmp_path / "a.mp4"
+    with whole_file(target) as part:
+        part.write_text("new")
+        assert not target.exists()
+    with pytest.raises(RuntimeError), whole_file(target) as part:  # noqa: PT012
+        part.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from afd_train import draws
 from afd_train.config import AfdConfig, LoraConfig
 from afd_train.flow import nearest_time, noised, velocity
 from afd_train.losses import forward_process_loss, prior_loss
 from afd_train.objectives import Metrics, Setup
 from afd_train.objectives.forward_process import ForwardProcess, Step
 from afd_train.policies import Trainee
-from afd_train.rollout import Sampler, clip_generator
+from afd_train.rollout import Sampler
 from afd_train.students import Clip
 from tests.dense_wan import oracle_of, stirred
 
@@ -380,7 +381,7 @@ def test_a_student_that_was_trained_on_noised_chunks_remembers_noised_chunks(wor
     clips = [Clip(e.prompt_id, e.prompt, NUMBER, take) for e in drawn.examples for take in range(TAKES)]
     noise = torch.stack(
         [
-            torch.randn(CHUNK, 48, 4, 4, generator=clip_generator(clip.prompt_id, clip.seed, clip.take, "/context"))
+            torch.randn(CHUNK, 48, 4, 4, generator=draws.generator(clip.prompt_id, clip.seed, clip.take, "context"))
             for clip in clips
         ]
     )

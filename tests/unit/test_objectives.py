@@ -15,7 +15,8 @@ from afd_train.objectives import Setup, open_objective, policies_of
 from afd_train.objectives.afd import AdversarialFlowDistillation, histogram
 from afd_train.objectives.flow_matching import chunk_times, frame_weight
 from afd_train.objectives.forward_process import Step
-from afd_train.objectives.judge import Judge, input_noise, parts_of
+from afd_train.objectives.judge import Judge, input_noise
+from afd_train.objectives.parts import parts_of
 from afd_train.optimizer import Optimizer
 
 PROMPTS, TAKES = 3, 4

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from afd_train import draws
 from afd_train.flow import clean_from_velocity, nearest_time, noised
-from afd_train.rollout import ClipNoise, Sampler, clip_generator, rollout, rollout_chunks
+from afd_train.rollout import ClipNoise, Sampler, rollout, rollout_chunks
 from afd_train.student_config import StudentConfig
 from afd_train.students import Clip, Student
 from tests.dense_wan import oracle_of, stirred
@@ -28,7 +29,7 @@ def student(request, tiny_student):
 def test_the_first_chunk_is_the_clean_estimate_from_pure_noise(tiny_student):
     student = tiny_student(steps=(1000,))
     text = student.encode_text([CLIPS[0].prompt])
-    noise = torch.randn(1, 2, 48, 4, 4, generator=clip_generator("p1", 3, 0))
+    noise = torch.randn(1, 2, 48, 4, 4, generator=draws.generator("p1", 3, 0))
     t = torch.ones(1, 2)
     with torch.no_grad():
         expected = clean_from_velocity(noise, student.net.chunk(noise, t, text, student.net.memory(2)), t)
@@ -38,7 +39,7 @@ def test_the_first_chunk_is_the_clean_estimate_from_pure_noise(tiny_student):
 def test_a_second_step_starts_from_the_estimate_noised_afresh(tiny_student):
     student = tiny_student(frames=2, steps=(1000, 500), shift=5.0)  # times 1 and 2.5 / 3
     text = student.encode_text([CLIPS[0].prompt])
-    generator = clip_generator("p1", 3, 0)
+    generator = draws.generator("p1", 3, 0)
     first, fresh = (torch.randn(1, 2, 48, 4, 4, generator=generator) for _ in range(2))
     one, later = torch.ones(1, 2), torch.full((1, 2), 2.5 / 3)
     with torch.no_grad():
