@@ -13,6 +13,8 @@ from click.testing import CliRunner, Result
 from afd_data.config import CacheConfig, PlaygroundConfig, PromptsConfig, StreamConfig, VideoConfig
 from afd_train.config import DiscriminatorConfig, Recipe, StudentConfig
 from tests.hub_server import HubServer, connect, serving
+from tests.provider import Provider
+from tests.provider import serving as serving_provider
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan", "orange", "white")
 VIDEO = VideoConfig(width=16, height=16, frames=4, fps=8.0, lossless=True)
@@ -91,6 +93,19 @@ def hub(_served_hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     _served_hub.clear()
     connect(_served_hub.url, tmp_path / "hf_home", monkeypatch)
     return _served_hub
+
+
+@pytest.fixture(scope="session")
+def _served_provider(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Provider]:
+    with serving_provider(tmp_path_factory.mktemp("provider")) as provider:
+        yield provider
+
+
+@pytest.fixture
+def provider(_served_provider: Provider) -> Provider:
+    """Services that sell videos, in a process of their own; nothing was ordered yet."""
+    _served_provider.reset()
+    return _served_provider
 
 
 @pytest.fixture(scope="session")
