@@ -6,15 +6,14 @@ Each part of the program receives only its own section, never the whole recipe.
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-
-class Config(BaseModel):
-    """A section of a recipe: unknown keys and wrong types are errors, values cannot be changed afterwards."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+from afd_data.provider_config import ArkConfig, FalConfig, RunwayConfig, VideosConfig
+from afd_data.section import Config
+from afd_data.teacher_config import CommandConfig, FolderConfig, HubConfig, LocalConfig, PlaygroundConfig
 
 
 class VideoConfig(Config):
@@ -56,57 +55,51 @@ class PromptsConfig(Config):
     allow_leakage: bool = Field(default=False, description="go on although evaluation prompts occur in training")
 
 
-class FlawsConfig(Config):
-    """How often the playground breaks its own physics; all 0 is the exact teacher, other values make sloppy corpora."""
-
-    wrong_gravity: float = Field(default=0.0, ge=0, le=1, description="share of videos with another gravity")
-    wrong_bounce: float = Field(default=0.0, ge=0, le=1, description="share of videos with another restitution")
-    drag: float = Field(default=0.0, ge=0, le=1, description="share of videos with air drag")
-    jitter: float = Field(default=0.0, ge=0, description="position noise in radii, every frame")
-    pass_through: float = Field(default=0.0, ge=0, le=1, description="share of videos whose bodies pass through walls")
-    vanish: float = Field(
-        default=0.0, ge=0, le=1, description="share of videos in which a body disappears for some frames"
-    )
-
-
-class PlaygroundConfig(Config):
-    """An embedded 2-D rigid-body world that draws what a prompt says; free, exact, and it knows its own physics."""
-
-    name: Literal["playground"] = "playground"
-    flaws: FlawsConfig = FlawsConfig()
-
-
-class FolderConfig(Config):
-    """Videos on disk with captions: any container, codec, size, rate and length."""
-
-    name: Literal["folder"] = "folder"
-    path: str = Field(description="folder that holds the videos")
-    captions: str | None = Field(
-        default=None,
-        description="csv or jsonl with `file` and `caption`; default: captions.csv, captions.jsonl, x.txt beside x.mp4",
-    )
-    fit: Literal["crop", "pad"] = Field(default="crop", description="how another aspect ratio is met; never stretched")
-    short: Literal["reject", "loop", "hold"] = Field(
-        default="hold",
-        description="a clip shorter than asked: reject it, play it backwards and forwards, or hold the last frame",
-    )
-    start: Literal["begin", "middle"] = Field(default="begin", description="which part of a longer clip is taken")
-    licence: str = Field(default="unknown", description="licence of the videos, written into every sample and the card")
-    distillation: Literal["allowed", "disallowed", "unknown"] = Field(
-        default="unknown", description="whether the videos' terms allow distillation"
-    )
-
-
-TeacherConfig = Annotated[PlaygroundConfig | FolderConfig, Field(discriminator="name")]
+TeacherConfig = Annotated[
+    PlaygroundConfig
+    | FolderConfig
+    | LocalConfig
+    | CommandConfig
+    | HubConfig
+    | ArkConfig
+    | VideosConfig
+    | FalConfig
+    | RunwayConfig,
+    Field(discriminator="name"),
+]
 
 
 class CacheConfig(Config):
     """How requests become shards."""
 
-    folder: str | None = Field(default=None, description="where the cache lives; default OUT/cache")
+    folder: str | None = Field(
+        default=None, description="where the cache lives, journal and spool included: a local disk; default OUT/cache"
+    )
+    storage: str | None = Field(
+        default=None,
+        description="where sealed shards, index and manifest go instead, any fsspec address: s3://BUCKET/NAME, gs://...",
+    )
     takes: int = Field(default=1, ge=1, le=99, description="videos asked for a training prompt")
     eval_takes: int = Field(default=1, ge=0, le=99, description="videos asked for a validation or test prompt")
     workers: int = Field(default=2, ge=1, le=256, description="requests in flight at once")
+    engine: Literal["threads", "ray"] = Field(
+        default="threads", description="where they are made: here, or on a cluster"
+    )
+    partitions: int = Field(default=2, ge=1, le=1000, description="shares of the work that a cluster does side by side")
+    ray_address: str | None = Field(default=None, description="of the Ray cluster; null: RAY_ADDRESS, else one here")
+    poll_s: float = Field(default=10.0, gt=0, description="longest wait between two looks at a job")
+    max_cost: float | None = Field(
+        default=None,
+        ge=0,
+        description="ask for nothing that could bring the spend beyond this, counting what is in flight or unknown; "
+        "in the teacher's currency",
+    )
+    stop_after_failures: int = Field(
+        default=10, ge=1, description="requests that fail one after the other before the run stops"
+    )
+    journal: Literal["auto", "wal", "rollback"] = Field(
+        default="auto", description="SQLite's mode; auto: rollback on network file systems, else write-ahead log"
+    )
     shard_mb: float = Field(default=256.0, gt=0, description="a shard is sealed when its members reach this size")
     shard_samples: int = Field(default=1000, ge=1, description="or this many samples, whichever comes first")
     frozen: float = Field(
@@ -114,6 +107,10 @@ class CacheConfig(Config):
         ge=0,
         description="reject a video whose frames differ by less than this on average (8-bit levels)",
     )
+    black: float = Field(
+        default=2.0, ge=0, description="reject a video in which no pixel is brighter than this (8-bit levels)"
+    )
+    audio: Literal["drop", "keep"] = Field(default="drop", description="what becomes of sound")
     near_duplicate: int = Field(
         default=0,
         ge=-1,
@@ -122,10 +119,53 @@ class CacheConfig(Config):
     )
 
 
+class RefreshConfig(Config):
+    """Which training videos a refresh asks for again, and when; every round is a new generation beside the old."""
+
+    older_than_days: float | None = Field(default=None, ge=0, description="videos older than this are due")
+    fraction: float = Field(default=0.0, ge=0, le=1, description="share of the videos due in a round, the oldest first")
+    hardest: float = Field(
+        default=0.0, ge=0, le=1, description="share of the prompts due, those where the student is furthest behind"
+    )
+    margins: str | None = Field(
+        default=None,
+        description="parquet with the discriminator's margin of each prompt; default OUT/train/margins.parquet",
+    )
+    changed_teacher: bool = Field(default=True, description="all videos of another teacher version or setting are due")
+    new_prompts: bool = Field(default=True, description="prompts that were added to the source are due")
+    keep_generations: int = Field(
+        default=2,
+        ge=1,
+        description="newest generations that stay readable; older videos that no trainer uses are pruned",
+    )
+    schedule: str | None = Field(
+        default=None, description="cron expression in local time, for example `0 3 * * 1`; used by --watch"
+    )
+
+    @field_validator("schedule")
+    @classmethod
+    def _is_cron(cls, schedule: str | None) -> str | None:
+        if schedule is not None:
+            from cronsim import CronSim, CronSimError
+
+            try:
+                CronSim(schedule, datetime.now())
+            except CronSimError as error:
+                raise ValueError(f"{schedule!r} is not a cron expression ({error}); for example `0 3 * * 1`") from None
+        return schedule
+
+
 class StreamConfig(Config):
     """How shards become batches."""
 
-    folder: str | None = Field(default=None, description="read another cache than this recipe's own")
+    folder: str | None = Field(
+        default=None,
+        description="read another cache than this recipe's own: a folder, hf://datasets/OWNER/NAME[@REVISION], s3://...",
+    )
+    follow: bool = Field(
+        default=True, description="go over to a newer generation of the cache when a checkpoint is saved"
+    )
+    disk_mb: int = Field(default=50_000, ge=1, description="copies of remote samples kept on the local disk")
     decoder: Literal["auto", "decord", "pyav"] = Field(
         default="auto", description="auto: decord where installed, else PyAV"
     )
@@ -143,6 +183,7 @@ class DataConfig(Config):
     prompts: PromptsConfig
     teacher: TeacherConfig
     cache: CacheConfig = CacheConfig()
+    refresh: RefreshConfig = RefreshConfig()
     stream: StreamConfig = StreamConfig()
 
     @model_validator(mode="after")

@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from afd_data.config import Config, DataConfig
+from afd_data.config import DataConfig
+from afd_data.section import Config
 from afd_train.student_config import StudentConfig
 
 

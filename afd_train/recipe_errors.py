@@ -14,7 +14,7 @@ import annotated_types
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from afd_data.config import Config
+from afd_data.section import Config
 from afd_train.recipe_yaml import Value, child_of, locate
 
 # An annotation's class -> where it keeps its limit, and how to say it.

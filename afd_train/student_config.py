@@ -6,7 +6,8 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from afd_data.config import Config, VideoConfig
+from afd_data.config import VideoConfig
+from afd_data.section import Config
 from afd_train.presets import Preset, Size, with_defaults
 
 WAN_CHANNELS, WAN_FACTOR, WAN_STRIDE = 16, 8, 4  # latents of Wan 2.1's autoencoder: channels, pixels, frames a cell

@@ -1,4 +1,12 @@
-"""A video file of any size, rate and length -> the frames that a recipe asks for, by the rules that `folder` states.
+"""A video of any size, rate and length -> the frames that a recipe asks for.
+
+The rules, in this order:
+* Time.  Frame k of the result is the source frame nearest to `start + k / fps` (the earlier one on a tie), so frames
+  are dropped or repeated, never blended.  A wanted frame exists while its time lies within the clip's duration.
+* Length.  `start` is 0 or such that the middle is taken; what is missing at the end is refused, held or played
+  backwards and forwards (`short`).
+* Size.  Scaled with one factor in both directions (non-square pixels made square first), then cut or padded with black
+  around the centre.
 
 Decodes as a stream: a long file costs no more memory than the clip that is taken from it.
 """
@@ -17,8 +25,10 @@ import numpy as np
 from av.container import InputContainer
 from av.video.reformatter import VideoReformatter
 
-from afd_data.config import FolderConfig, VideoConfig
+from afd_data.acceptance import RejectedError
+from afd_data.config import VideoConfig
 from afd_data.errors import UserError
+from afd_data.teacher_config import Adaptation
 from afd_data.video import main_track, upright_rgb, whole_packets
 
 EPSILON_S = 1e-6
@@ -38,12 +48,16 @@ class Timeline:
     """When the packets of a track are shown: the first is at 0 s."""
 
     origin_s: float  # time stamp of the first frame
+    shown_s: list[float]
     duration_s: float
     pixel_aspect: float  # width of a coded pixel over its height
 
 
-def bring_to(video: VideoConfig, path: Path, name: str, rules: FolderConfig) -> Clip:
-    """Take the clip that `video` describes from a file.  Raises UserError: unreadable, damaged, too short."""
+def bring_to(video: VideoConfig, path: Path, name: str, rules: Adaptation) -> Clip:
+    """Take the clip that `video` describes from a file.
+
+    Raises UserError (unreadable, damaged) and RejectedError (too short, where the rules forbid that).
+    """
     try:
         with av.open(str(path), "r") as container:
             line = _timeline(container, name)
@@ -51,15 +65,49 @@ def bring_to(video: VideoConfig, path: Path, name: str, rules: FolderConfig) -> 
         start_s = max(0.0, (line.duration_s - wanted_s) / 2) if rules.start == "middle" else 0.0
         there = min(video.frames, ceil((line.duration_s - start_s - EPSILON_S) * video.fps))
         if there < video.frames and rules.short == "reject":
-            raise UserError(f"{name}: too short: {line.duration_s:.2f} s, asked for {wanted_s:.2f} s")
+            raise RejectedError(f"too short: {name}: {line.duration_s:.2f} s, asked for {wanted_s:.2f} s")
         times = [start_s + k / video.fps for k in range(there)]
         frames = _pictures(path, name, line, times, video, rules.fit)
     except (av.error.FFmpegError, OSError) as error:
         raise UserError(f"{name}: cannot be decoded ({type(error).__name__})") from None
     if not frames:
         raise UserError(f"{name}: no frame can be decoded")
+    return Clip(_filled_up(frames, video, rules), start_s, video.frames - there)
+
+
+def bring_frames(video: VideoConfig, frames: np.ndarray, name: str, rules: Adaptation) -> Clip:
+    """Take the clip that `video` describes from uint8 [f, h, w, 3] at its own frame rate.
+
+    Raises RejectedError: too short, where the rules forbid that.
+    """
+    if len(frames) < video.frames and rules.short == "reject":
+        raise RejectedError(f"too short: {name}: {len(frames)} frames, asked for {video.frames}")
+    first = max(0, len(frames) - video.frames) // 2 if rules.start == "middle" else 0
+    taken = [fitted(frame, video, rules.fit) for frame in frames[first : first + video.frames]]
+    return Clip(_filled_up(taken, video, rules), first / video.fps, video.frames - len(taken))
+
+
+def is_as_asked(video: VideoConfig, path: Path, name: str) -> bool:
+    """Whether `bring_to` would only copy: every frame there, in time, upright, of that size in square pixels.
+
+    Raises UserError when the file cannot be read.
+    """
+    try:
+        with av.open(str(path), "r") as container:
+            line = _timeline(container, name)
+        with av.open(str(path), "r") as container:
+            first = next(iter(container.decode(main_track(container, name))), None)
+    except (av.error.FFmpegError, OSError) as error:
+        raise UserError(f"{name}: cannot be decoded ({type(error).__name__})") from None
+    if first is None or first.rotation % 360 or line.pixel_aspect != 1 or len(line.shown_s) != video.frames:
+        return False
+    in_time = all(abs(shown_s - k / video.fps) < 0.5 / video.fps for k, shown_s in enumerate(line.shown_s))
+    return in_time and (first.width, first.height) == (video.width, video.height)
+
+
+def _filled_up(frames: list[np.ndarray], video: VideoConfig, rules: Adaptation) -> np.ndarray:
     order = played_again(len(frames), video.frames) if rules.short == "loop" else held(len(frames), video.frames)
-    return Clip(np.stack([frames[index] for index in order]), start_s, video.frames - there)
+    return np.stack([frames[index] for index in order])
 
 
 def held(there: int, wanted: int) -> list[int]:
@@ -120,8 +168,9 @@ def _timeline(container: InputContainer, name: str) -> Timeline:
         raise UserError(f"{name}: truncated: it declares {stream.frames} frames and holds {len(packets)}")
     stamps = sorted(float(p.pts * p.time_base) for p in packets if p.pts is not None and p.time_base is not None)
     if len(stamps) < len(packets):
-        return Timeline(0.0, len(packets) / rate, aspect)
-    return Timeline(stamps[0], stamps[-1] - stamps[0] + 1 / rate, aspect)
+        return Timeline(0.0, [k / rate for k in range(len(packets))], len(packets) / rate, aspect)
+    shown_s = [stamp - stamps[0] for stamp in stamps]
+    return Timeline(stamps[0], shown_s, shown_s[-1] + 1 / rate, aspect)
 
 
 def _shown(path: Path, name: str, origin_s: float) -> Iterator[tuple[float, av.VideoFrame]]:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from afd_data.config import FlawsConfig
+from afd_data.teacher_config import FlawsConfig
 from afd_data.teachers.layout import Placed
 from afd_data.teachers.scene import GRAVITIES
 

@@ -1,18 +1,11 @@
-"""Teacher `folder`: videos on disk with captions, brought to the size, rate and length that a recipe asks for.
-
-The rules, in this order:
-* Time.  Frame k of the result is the source frame nearest to `start + k / fps` (the earlier one on a tie), so frames
-  are dropped or repeated, never blended.  A wanted frame exists while its time lies within the clip's duration.
-* Length.  `start` is 0 or such that the middle is taken; what is missing at the end is refused, held or played
-  backwards and forwards (`short`).
-* Size.  Scaled with one factor in both directions (non-square pixels made square first), then cut or padded with black
-  around the centre.
-* Sound is dropped.
+"""Teacher `folder`: videos on disk with captions, brought to what a recipe asks for (`clip` says how).
 
 Several files with one caption are its takes in the order of their names.  The fingerprint of a request covers caption,
-take and these rules, not the file's bytes: those are hashed when the file is asked for (its sha256 is the job id and
-stands in the provenance), and a file that changes between asking and fetching is asked for again.  A cache therefore
-keeps what it took; give a replaced video another caption, or cache into a new folder.
+take and the rules of adaptation, not the file's bytes: those are hashed when the file is asked for (its sha256 is the
+job id and stands in the provenance), and a file that changes between asking and fetching is asked for again.  A cache
+therefore keeps what it took; give a replaced video another caption, or cache into a new folder.  A file that is added
+to an old caption must sort behind the others: in front of them it would move their takes, so that one file is taken
+twice and the new one not at all.
 """
 
 from __future__ import annotations
@@ -20,16 +13,15 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
-from afd_data.config import FolderConfig
+from afd_data.acceptance import RejectedError
 from afd_data.errors import UserError
 from afd_data.files import file_sha256
 from afd_data.prompt_sources import read_texts
 from afd_data.prompts import normalise
-from afd_data.teachers import Delivery, FailedError, Identity, RefusedError, Request
-from afd_data.teachers.clip import bring_to
-from afd_data.video import probe, write_mp4
+from afd_data.teacher_config import FolderConfig
+from afd_data.teachers import Delivery, FailedError, Free, Identity, RefusedError, Request
+from afd_data.teachers.delivery import deliver
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +30,7 @@ SUFFIXES = frozenset(
 )
 
 
-class Folder:
+class Folder(Free):
     """See the module.  Raises UserError when the folder, its captions or the files they name are not in order."""
 
     def __init__(self, config: FolderConfig) -> None:
@@ -53,6 +45,7 @@ class Folder:
             settings={"fit": config.fit, "short": config.short, "start": config.start},
             licence=config.licence,
             distillation=config.distillation,
+            terms_url=config.terms_url,
         )
 
     def prompts(self) -> list[str]:
@@ -63,42 +56,17 @@ class Folder:
         """The file's sha256.  Raises RefusedError where no file has this caption or the takes are used up."""
         return file_sha256(self.root / self._file(request))
 
-    def poll(self, job_id: str) -> Literal["running", "ready"]:
-        """Files are always ready."""
-        return "ready"
-
     def fetch(self, job_id: str, request: Request, target: Path) -> Delivery:
         """Write the clip as asked.  Raises RefusedError (unreadable, too short), FailedError (the file has changed)."""
         name = self._file(request)
         path = self.root / name
-        if file_sha256(path) != job_id:
+        if not path.is_file() or file_sha256(path) != job_id:
             raise FailedError(f"{name}: the file has changed since it was asked for")
         try:
-            facts = probe(path, name)
-            clip = bring_to(request.video, path, name, self.config)
-        except UserError as error:
+            effective = deliver(path, target, request, self.config, name)
+        except RejectedError as error:
             raise RefusedError(str(error)) from None
-        write_mp4(target, clip.frames, request.video)
-        return Delivery(
-            effective={
-                "width": request.video.width,
-                "height": request.video.height,
-                "frames": request.video.frames,
-                "fps": request.video.fps,
-                "start_s": round(clip.start_s, 6),
-                "frames_made_up": clip.made_up,
-                "fit": self.config.fit,
-            },
-            provenance={
-                "file": name,
-                "sha256": job_id,
-                "width": facts.width,
-                "height": facts.height,
-                "fps": round(facts.fps, 6),
-                "frames": facts.frames,
-                "codec": facts.codec,
-            },
-        )
+        return Delivery(effective, provenance={"file": name, "sha256": job_id})
 
     def _file(self, request: Request) -> str:
         files = self.files_by_caption.get(request.prompt, [])

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
-from afd_data.config import PlaygroundConfig
-from afd_data.teachers import Delivery, Identity, Request
+from afd_data.teacher_config import PlaygroundConfig
+from afd_data.teachers import Delivery, Free, Identity, Request
 from afd_data.teachers.scene import parse
 from afd_data.teachers.world import simulate
 from afd_data.video import write_mp4
 
 
-class Playground:
+class Playground(Free):
     """See `scene` for what it understands and `world` for how things move there."""
 
     def __init__(self, config: PlaygroundConfig) -> None:
@@ -33,10 +32,6 @@ class Playground:
         """Accept what can be drawn.  Raises RefusedError for a prompt without a known object."""
         parse(request.prompt)
         return request.fingerprint
-
-    def poll(self, job_id: str) -> Literal["running", "ready"]:
-        """The work is done in `fetch`."""
-        return "ready"
 
     def fetch(self, job_id: str, request: Request, target: Path) -> Delivery:
         """Draw the video into `target` (mp4).  Raises RefusedError as `submit` does."""

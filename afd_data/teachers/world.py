@@ -13,7 +13,8 @@ import math
 import numpy as np
 import pymunk
 
-from afd_data.config import FlawsConfig, VideoConfig
+from afd_data.config import VideoConfig
+from afd_data.teacher_config import FlawsConfig
 from afd_data.teachers.drawing import Rectangle, draw, extent, wall_rectangle
 from afd_data.teachers.flaws import Break, draw_breaks
 from afd_data.teachers.layout import Placed, place

@@ -17,9 +17,10 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from afd_data.config import Config, VideoConfig
+from afd_data.config import VideoConfig
 from afd_data.errors import UserError
 from afd_data.files import atomic_folder
+from afd_data.section import Config
 from afd_train.hub import local_path
 from afd_train.presets import SIZES
 from afd_train.student_config import StudentConfig
