@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Literal
 
 from afd_data.errors import UserError
+from afd_data.hub import checked_name
+from afd_data.hub_repository import commit_files
 from afd_train.config import Recipe
-from afd_train.hub_push import checked_name, commit_files
 from afd_train.public import public_recipe, public_recipe_text, without_machine
 from afd_train.runs import eval_folder, stream_folder, student_folder, train_folder
 from afd_train.student_card import Facts, model_card

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from afd_data.card import HUB_LICENCES
+from afd_data.card import hub_licence, spoken
 from afd_train.config import Recipe, StudentConfig, TrainConfig
 from afd_train.public import without_machine
 from afd_train.student_data import TeacherData
@@ -53,7 +53,7 @@ def model_card(facts: Facts) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["spoken"] = _spoken
+    environment.filters["spoken"] = spoken
     body = environment.get_template(TEMPLATE).render(_context(facts))
     head = yaml.safe_dump(_head(facts), sort_keys=False, allow_unicode=True)
     return f"---\n{head}---\n\n" + re.sub(r"\n{3,}", "\n\n", body)
@@ -65,15 +65,8 @@ def base_model(student: StudentConfig) -> str | None:
     return match[1] if match else None
 
 
-def _spoken(text: str) -> str:
-    """One line of plain text: nothing in it is Markdown or HTML."""
-    return re.sub(r"([\\`*_{}\[\]<>()#!|&])", r"\\\1", " ".join(text.split()))
-
-
 def _head(facts: Facts) -> dict[str, Any]:
-    head: dict[str, Any] = {"license": (facts.licence or "unknown").lower()}
-    if head["license"] not in HUB_LICENCES:
-        head = {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", head["license"]).strip("-")}
+    head: dict[str, Any] = {**hub_licence({facts.licence or "unknown"})}
     head |= {"library_name": "diffusers", "pipeline_tag": "text-to-video", "tags": list(TAGS)}
     if base := base_model(facts.about.student):
         head |= {"base_model": base, "base_model_relation": "finetune"}
@@ -181,10 +174,10 @@ def _run(run: TrainConfig) -> list[str]:
 
 
 def _licence(facts: Facts) -> str:
-    parts = [f"These weights: {_spoken(facts.licence or 'not stated by whoever published them')}."]
+    parts = [f"These weights: {spoken(facts.licence or 'not stated by whoever published them')}."]
     if base := base_model(facts.about.student):
         parts.append(f"They derive from [{base}](https://huggingface.co/{base}), whose licence applies as well.")
     if facts.data:
-        licences = sorted({_spoken(str(without_machine(teacher.licence))) for teacher in facts.data.teachers})
+        licences = sorted({spoken(str(without_machine(teacher.licence))) for teacher in facts.data.teachers})
         parts.append(f"The videos that they learned from: {', '.join(licences)}.")
     return " ".join(parts)

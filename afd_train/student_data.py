@@ -6,12 +6,12 @@ Read from the samples themselves, which carry their terms wherever the cache cam
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from afd_data.sample import Sample, parse_sample
-from afd_data.shards import read_manifest, read_member, scan_shard
+from afd_data.card_facts import Terms, complete, read_facts
+from afd_data.shards import read_manifest
 from afd_train.public import without_machine
 
 
@@ -42,32 +42,21 @@ class TeacherData:
 
 
 def read_teacher_data(folder: Path) -> TeacherData | None:
-    """Read every sample's record; None where there is no cache or nothing in it.  Raises UserError: a damaged one."""
-    videos: Counter[tuple[str, ...]] = Counter()
-    prompts: dict[str, list[str]] = defaultdict(list)
-    for shard in read_manifest(folder).shards:
-        path = folder / shard.file
-        entries = scan_shard(path)
-        with open(path, "rb") as file:
-            for entry in entries:
-                sample = parse_sample(read_member(file, entry, "json"), f"{path}: {entry.key}")
-                videos[_terms(sample)] += 1
-                prompts[shard.split].append(sample.prompt_id)
-    if not videos:
+    """Count the data of a cache; None where there is none.  Raises UserError: a damaged one.
+
+    Every record is read; of tars that lie elsewhere only one for each teacher in each shard, for all its videos there.
+    """
+    manifest = complete(read_manifest(folder))
+    if not manifest.shards:
         return None
+    facts = read_facts(folder, manifest, every=True)
+    videos: Counter[tuple[str, ...]] = Counter()
+    for terms, count in facts.terms.items():
+        videos[_public(terms)] += count
     teachers = tuple(TeacherFacts(*terms, videos=count) for terms, count in videos.most_common())
-    return TeacherData(teachers, {split: (len(ids), len(set(ids))) for split, ids in prompts.items()})
+    return TeacherData(teachers, {split: (facts.videos[split], len(ids)) for split, ids in facts.prompts.items()})
 
 
-def _terms(sample: Sample) -> tuple[str, ...]:
-    texts = sample.teacher, sample.teacher_version, _settings(sample.requested_json), sample.licence
-    return (*(str(without_machine(text)) for text in texts), sample.distillation)
-
-
-def _settings(requested: str) -> str:
-    try:
-        asked = json.loads(requested)
-    except (ValueError, RecursionError):  # free-form text of a stranger
-        return "not readable"
-    settings = asked.get("settings", asked) if isinstance(asked, dict) else asked
-    return json.dumps(without_machine(settings), sort_keys=True)
+def _public(terms: Terms) -> tuple[str, ...]:
+    texts = terms.teacher, terms.version, json.dumps(without_machine(json.loads(terms.settings)), sort_keys=True)
+    return (*(str(without_machine(text)) for text in (*texts, terms.licence)), terms.distillation)

@@ -74,13 +74,17 @@ class HubHandler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return data
 
-    def _send(self, data: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
+    def _send(
+        self, data: bytes, status: int = 200, headers: dict[str, str] | None = None, cut: int | None = None
+    ) -> None:
         self.send_response(status)
         for key, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            self.wfile.write(data[:cut])
+        if cut is not None:
+            self.close_connection = True
 
     def _user(self) -> str | None:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -216,6 +220,14 @@ class HubHandler(BaseHTTPRequestHandler):
         repo.tags[name] = repo.sha(found["revision"])
         return {}
 
+    def refs(self, found: dict[str, str]) -> _BODY:
+        repo = self._repo(found)
+        kinds = {"branches": ("heads", repo.branches), "tags": ("tags", repo.tags)}
+        return {"converts": []} | {
+            kind: [{"name": name, "ref": f"refs/{folder}/{name}", "targetCommit": sha} for name, sha in names.items()]
+            for kind, (folder, names) in kinds.items()
+        }
+
     def resolve(self, found: dict[str, str]) -> None:
         repo = self._repo(found, content=True)
         sha = repo.sha(found["revision"])
@@ -229,7 +241,13 @@ class HubHandler(BaseHTTPRequestHandler):
             first, last = int(match[1]), min(int(match[2] or blob.size - 1), blob.size - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{blob.size}"
             data, status = data[first : last + 1], 206
-        self._send(data, status, headers)
+        self._send(data, status, headers, self._cut(found["path"], len(data)))
+
+    def _cut(self, path: str, size: int) -> int | None:
+        """After how many bytes the connection breaks, if it was told to; each time it is told, once."""
+        if self.command == "GET" and self.hub.cut.get(path):
+            return min(size, self.hub.cut[path].pop(0))
+        return None
 
 
 _ROUTES = {
@@ -238,6 +256,7 @@ _ROUTES = {
     f"POST {_API}/preupload/(?P<revision>[^/]+)": HubHandler.preupload,
     f"POST {_API}/commit/(?P<revision>[^/]+)": HubHandler.commit,
     f"POST {_API}/tag/(?P<revision>[^/]+)": HubHandler.tag,
+    f"GET {_API}/refs": HubHandler.refs,
     f"POST {_API}/paths-info/(?P<revision>[^/]+)": HubHandler.paths_info,
     f"GET {_API}(?:/revision/(?P<revision>[^/]+))?": HubHandler.info,
     f"GET {_API}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?": HubHandler.tree,

@@ -8,6 +8,7 @@ have it disabled.  Contents lie as files in a folder, named by their sha256; eve
 from __future__ import annotations
 
 import hashlib
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,7 +80,7 @@ class HubServer:
     """The Hub's state; `serving` answers for it at `url`.
 
     `requests` are the answered ones as "METHOD PATH"; `fail` maps a regular expression of such lines to the status that
-    they are answered with instead.
+    they are answered with instead; `cut` maps a path to the numbers of bytes after which its next downloads break off.
     """
 
     def __init__(self, folder: Path):
@@ -91,6 +92,7 @@ class HubServer:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.requests: list[str] = []
         self.fail: dict[str, int] = {}
+        self.cut: dict[str, list[int]] = {}
         for path in self.folder.iterdir():
             path.unlink()
 
@@ -156,7 +158,9 @@ def connect(url: str, home: Path, monkeypatch: pytest.MonkeyPatch, token: str | 
 
     The client reads most of its settings once, when it is imported, so those are set as well.
     """
-    from huggingface_hub import constants, hf_api
+    from huggingface_hub import HfFileSystem, constants, hf_api
+
+    from afd_data.storage import open_storage
 
     environment = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub"),
                    "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # fmt: skip
@@ -173,3 +177,7 @@ def connect(url: str, home: Path, monkeypatch: pytest.MonkeyPatch, token: str | 
     for name, value in read_once.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(hf_api.api, "endpoint", url)
+    if "datasets" in sys.modules:
+        monkeypatch.setattr("datasets.config.HF_ENDPOINT", url)
+    HfFileSystem.clear_instance_cache()  # they remember endpoint and login
+    open_storage.cache_clear()
