@@ -1,6 +1,7 @@
 """Sealed shards -> an endless stream of examples, in an order that any process can work out.
 
-The order is a function of (the set of samples, seed, epoch): neither shards, ranks nor worker processes change it.
+A stream reads the view of one generation: the newest sample of every key among the rounds up to it.  The order is a
+function of (the samples of the view, seed, epoch): neither shards, ranks nor worker processes change it.
 Knows nothing of torch, devices or training.
 """
 
@@ -20,6 +21,8 @@ from pathlib import Path
 from afd_data.config import StreamConfig, VideoConfig
 from afd_data.errors import UserError
 from afd_data.examples import Example, Memory, Reading, read_example, read_places
+from afd_data.leases import KEPT_S
+from afd_data.shards import read_manifest
 
 AHEAD = 2  # examples that wait or are decoded per worker process
 
@@ -52,7 +55,9 @@ class Stream:
     `video`, where given, is what every clip must look like.  Without `decode`, clips are read and checked but have no
     frames: for training on cached latents.  Close it (or use `with`) when `config.workers` > 0.
     Rank r of n draws items r, r + n, r + 2 n ... of the endless order, so that ranks together read what one would.
-    Raises UserError: no samples, an index that does not fit the manifest.
+    `generation`: whose view is read, by default that of the newest complete round; what the cache gets later is read
+    after `switch` only.
+    Raises UserError: no samples, no such generation, an index that does not fit the manifest.
     """
 
     def __init__(
@@ -65,15 +70,15 @@ class Stream:
         ranks: int = 1,
         video: VideoConfig | None = None,
         decode: bool = True,
+        generation: int | None = None,
     ) -> None:
         self.config, self.split, self.seed, self.rank, self.ranks = config, split, seed, rank, ranks
-        self.places = read_places(folder, split)
-        self.drawn = 0
-        self._reading = Reading(folder, config.decoder, video, decode)
+        self._reading = Reading(folder, config.decoder, video, decode, config.disk_mb)
         self._memory = Memory(config.memory_mb * 2**20)
         self._pool: ProcessPoolExecutor | None = None
         self._ahead: deque[tuple[str, Future[Example] | None]] = deque()
-        self._order = lru_cache(maxsize=2)(self._epoch_order)
+        self.history: list[list[int]] = []  # [generation, examples that all ranks drew from its view] before this one
+        self._view(read_manifest(folder).generation if generation is None else generation, first_epoch=0)
 
     @property
     def keys(self) -> list[str]:
@@ -96,12 +101,33 @@ class Stream:
         """The next `size` examples of this rank.  Raises UserError naming shard and key of what cannot be used."""
         return [self._next() for _ in range(size)]
 
+    def switch(self, generation: int) -> None:
+        """Go over to the view of another generation, all ranks at the same draw.  Raises UserError as the class does.
+
+        Its epochs are counted on from those that were begun before, so that no two views begin in the same order.
+        """
+        drawn, samples = self.drawn * self.ranks, len(self.places)
+        before = [self.generation, drawn]
+        self._view(generation, self.first_epoch + -(-drawn // samples))
+        self.history.append(before)
+
     def state_dict(self) -> dict:
         """JSON-able: how many examples all ranks have drawn, from which data, in which order."""
-        return {"drawn": self.drawn * self.ranks, "seed": self.seed, "data_sha256": self._digest()}
+        return {
+            "generation": self.generation,
+            "drawn": self.drawn * self.ranks,  # since the last switch
+            "first_epoch": self.first_epoch,
+            "history": [list(entry) for entry in self.history],
+            "seed": self.seed,
+            "data_sha256": self._digest(),
+        }
 
     def load_state_dict(self, state: Mapping) -> None:
         """Go on where `state` was taken.  Raises UserError when it belongs to other data or another seed."""
+        if state["generation"] != self.generation:
+            self._view(state["generation"], state["first_epoch"])
+        if state["data_sha256"] != self._digest():
+            self._check_not_pruned(self.generation)
         if (state["seed"], state["data_sha256"]) != (self.seed, self._digest()):
             raise UserError(
                 f"{self._reading.folder}: the {self.split} samples or the seed are not those that the interrupted run "
@@ -112,7 +138,8 @@ class Stream:
                 f"{self._reading.folder}: {state['drawn']} {self.split} samples were drawn so far, which {self.ranks} "
                 "processes cannot have drawn. Go on with as many processes as before."
             )
-        self.drawn = state["drawn"] // self.ranks
+        self.first_epoch, self.drawn = state["first_epoch"], state["drawn"] // self.ranks
+        self.history = [list(entry) for entry in state["history"]]
         self._forget_ahead()
 
     def close(self) -> None:
@@ -127,6 +154,34 @@ class Stream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _view(self, generation: int, first_epoch: int) -> None:
+        """Begin to read the view of a generation; where it cannot be read, the stream stays as it was."""
+        folder = self._reading.folder
+        manifest = read_manifest(folder)
+        if generation > manifest.generation:
+            raise UserError(
+                f"{folder}: generation {generation} is not complete here, the newest is {manifest.generation}. "
+                "Restore the cache, or train into a new folder."
+            )
+        if not manifest.of(self.split, generation):
+            self._check_not_pruned(generation)
+        self.places = read_places(folder, self.split, generation)
+        self.generation, self.first_epoch, self.drawn = generation, first_epoch, 0
+        self._order = lru_cache(maxsize=2)(self._epoch_order)
+        self._forget_ahead()
+        # It goes by key, and a key's video may be another now.
+        self._memory = Memory(self._memory.limit_bytes)
+
+    def _check_not_pruned(self, generation: int) -> None:
+        folder = self._reading.folder
+        taken = [s.file for s in read_manifest(folder).pruned if s.split == self.split and s.generation <= generation]
+        if taken:
+            raise UserError(
+                f"{folder}: {self.split} samples of generation {generation}, which the interrupted run reads, have "
+                f"been pruned ({len(taken)} shards, {taken[0]} among them); a stopped run's lease keeps them for "
+                f"{KEPT_S / 3600:g} hours. Train into a new folder."
+            )
 
     def _next(self) -> Example:
         if self.config.workers == 0:
@@ -168,7 +223,7 @@ class Stream:
 
     def _key(self, number: int) -> str:
         epoch, position = divmod(number * self.ranks + self.rank, len(self.places))
-        return self._order(epoch)[position]
+        return self._order(self.first_epoch + epoch)[position]
 
     def _epoch_order(self, epoch: int) -> list[str]:
         keys_by_prompt: dict[str, list[str]] = {}

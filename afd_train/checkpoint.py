@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from afd_data.errors import UserError
 from afd_data.files import PART, atomic_folder, file_sha256
 from afd_train.parallel import Processes
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass
@@ -64,29 +64,33 @@ def save_checkpoint(folder: Path, parts: Parts, state: dict[str, Any], processes
     processes.wait()
 
 
-def load_state(folder: Path) -> dict[str, Any]:
-    """The checked `state.json`; raises UserError when a file is missing or differs from its sha256."""
-    advice = f"Delete {folder} to go on from the checkpoint before it."
+def read_state(folder: Path) -> dict[str, Any]:
+    """`state.json`, without a look at the other files; raises UserError when it is no state of this format."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        version, digests = state["format"], dict(state["sha256"])
+        version, _ = state["format"], dict(state["sha256"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder}/state.json: not a checkpoint's state ({error}). {advice}") from None
+        raise UserError(f"{folder}/state.json: not a checkpoint's state ({error}). {_advice(folder)}") from None
     if version != FORMAT:
-        raise UserError(f"{folder}: checkpoint format {version}, this afd reads {FORMAT}. {advice}")
-    for name, digest in digests.items():
-        if not _intact(folder, name, digest):
-            raise UserError(f"{folder}/{name}: missing, or its sha256 is not the one in state.json. {advice}")
+        raise UserError(f"{folder}: checkpoint format {version}, this afd reads {FORMAT}. {_advice(folder)}")
     return state
 
 
-def load_checkpoint(folder: Path, parts: Parts, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Restore networks and optimisers in place and return the state, which `check` sees before anything is touched.
+def load_state(folder: Path) -> dict[str, Any]:
+    """The checked `state.json`; raises UserError when a file is missing or differs from its sha256."""
+    state = read_state(folder)
+    for name, digest in state["sha256"].items():
+        if not _intact(folder, name, digest):
+            raise UserError(f"{folder}/{name}: missing, or its sha256 is not the one in state.json. {_advice(folder)}")
+    return state
 
-    Raises UserError when a file is damaged or does not fit.
+
+def load_checkpoint(folder: Path, parts: Parts) -> dict[str, Any]:
+    """Restore networks and optimisers in place and return the state.
+
+    Raises UserError when a file is damaged, before anything is touched, or does not fit.
     """
     state = load_state(folder)
-    check(state)
     for name, tensors in parts.all().items():
         if _sharded(tensors):
             _load_sharded(folder / name, tensors)
@@ -95,17 +99,27 @@ def load_checkpoint(folder: Path, parts: Parts, check: Callable[[dict[str, Any]]
     return state
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in `folder`, the newest last."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir() and not path.suffix)
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint in `folder`."""
-    found = sorted(path for path in folder.glob("step-*") if path.is_dir() and not path.suffix)
+    found = checkpoints(folder)
     return found[-1] if found else None
 
 
-def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep`."""
-    found = sorted(path for path in folder.glob("step-*") if path.is_dir() and not path.suffix)
+def prune_checkpoints(folder: Path, keep: int) -> int:
+    """Delete all but the newest `keep`; returns the step of the oldest one that is left."""
+    found = checkpoints(folder)
     for path in found[:-keep]:
         shutil.rmtree(path)
+    return int(found[-keep:][0].name.removeprefix("step-"))
+
+
+def _advice(folder: Path) -> str:
+    return f"Delete {folder} to go on from the checkpoint before it."
 
 
 def _intact(folder: Path, name: str, digest: str) -> bool:

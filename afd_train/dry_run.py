@@ -13,14 +13,14 @@ from pydantic import BaseModel
 from afd_data.config import VideoConfig
 from afd_data.journal import Journal
 from afd_data.plan import plan_samples
-from afd_data.prompts import Prompt, load_prompts
+from afd_data.prompts import Prompt, known_splits, load_prompts
 from afd_data.sample import SPLITS
 from afd_data.teachers import Teacher, open_teacher
 from afd_train.config import Recipe, TrainConfig
 from afd_train.memory import table as memory_table
 from afd_train.recipe import LoadedRecipe
 from afd_train.recipe_yaml import Value, child_of
-from afd_train.runs import cache_folder, eval_folder, stream_folder, train_folder
+from afd_train.runs import cache_folder, eval_folder, stream_source, train_folder
 
 # Measured with afd's own encoder: a tiny clip with its JSON and tar headers, then filmed clips at crf 18 and crf 0.
 _SMALLEST_SAMPLE_BYTES = 5_000
@@ -44,7 +44,7 @@ def plan_text(recipe: Recipe) -> str:
     sources = (recipe.prompts.source, recipe.prompts.test_source or "")
     # Reading a Hub dataset means `datasets` and a download; a dry run does neither.
     on_hub = any(source.startswith("hf://") for source in sources)
-    prompts = None if on_hub else load_prompts(recipe.prompts, Path(), teacher)
+    prompts = None if on_hub else load_prompts(recipe.prompts, Path(), teacher, known_splits(cache_folder(recipe)))
     lines = ["Plan", *_cache_lines(recipe, teacher, prompts), *_train_lines(recipe), *_eval_lines(recipe, prompts)]
     return "\n".join(f"# {line}" for line in lines)
 
@@ -90,16 +90,27 @@ def _cache_lines(recipe: Recipe, teacher: Teacher, prompts: list[Prompt] | None)
             f"cache-teacher  {recipe.teacher.name}; the prompts on the Hub are counted when they are read -> {folder}"
         ]
     splits = Counter(prompt.split for prompt in prompts)
-    wanted = plan_samples(recipe, prompts, teacher.identity)
+    wanted = list(plan_samples(recipe, prompts, teacher.identity))
     there = _present(folder, {sample.fingerprint for sample in wanted})
     size = len(wanted) * video_bytes(recipe.video)
-    cost = "billed by the provider" if teacher.identity.paid else "0 (a free teacher)"
     return [
         f"cache-teacher  {recipe.teacher.name}; prompts: " + ", ".join(f"{splits[split]} {split}" for split in SPLITS),
         f"               {len(wanted)} videos, {there} of them there, {len(wanted) - there} requests to make"
         + _refusals(teacher, prompts),
-        f"               up to about {_megabytes(size)} in {folder}; cost: {cost}",
+        f"               up to about {_megabytes(size)} in {folder}",
+        f"               cost: {_cost(recipe, teacher, len(wanted) - there)}",
     ]
+
+
+def _cost(recipe: Recipe, teacher: Teacher, requests: int) -> str:
+    """What is left to ask for will cost about this."""
+    if not teacher.identity.paid:
+        return "0 (a free teacher)"
+    each, limit = teacher.estimate(recipe.video), recipe.cache.max_cost
+    if each == 0:
+        return "not known: set teacher.price (or the price its provider bills by) for an estimate and --max-cost"
+    most = "" if limit is None else f"; stops at {limit:g} (cache.max_cost)"
+    return f"about {requests * each:.2f} {teacher.identity.currency}, {each:.3g} a video{most}"
 
 
 def _refusals(teacher: Teacher, prompts: list[Prompt]) -> str:
@@ -126,7 +137,7 @@ def _train_lines(recipe: Recipe) -> list[str]:
     for name, run in runs:
         lines.append(f"{'train':<14} {'' if name == 'train' else f'{name}: '}{_run_text(run)}")
         lines += [f"{'':<14} {line}" for line in _memory_lines(recipe, run, name)]
-    return [*lines, f"               reads {stream_folder(recipe)}, writes {train_folder(recipe)}"]
+    return [*lines, f"               reads {stream_source(recipe)}, writes {train_folder(recipe)}"]
 
 
 def _memory_lines(recipe: Recipe, run: TrainConfig, name: str) -> list[str]:

@@ -23,11 +23,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from afd_train.config import TrainConfig
+from afd_data.errors import UserError
+from afd_train.config import DiscriminatorConfig, TrainConfig
 from afd_train.students.causal_wan import CausalWan
 
 PATIENCE = timedelta(hours=6)  # of a process that waits, such as for the first one to cache the teacher's videos
 BUCKET_BYTES = 2**26  # gradients are averaged in pieces of this size
+TEXT_BYTES = 128  # of a text that is gathered; a prompt's id has at most 120
 
 
 def open_accelerator(**settings: Any) -> Accelerator:
@@ -43,6 +45,7 @@ class Processes:
         self.accelerator = accelerator
         self.index, self.count = accelerator.process_index, accelerator.num_processes
         self.main = accelerator.is_main_process
+        self.local_main = accelerator.is_local_main_process  # the first one of its machine
         self.device = accelerator.device
         asked = accelerator.distributed_type == DistributedType.FSDP
         self.sharded = self.count > 1 and (config.shard == "always" or (config.shard == "auto" and asked))
@@ -62,6 +65,22 @@ class Processes:
         parts = [torch.empty_like(own) for _ in range(self.count)]
         dist.all_gather(parts, own)
         return torch.stack(parts, 1).flatten(0, 1).to(tensor.device)
+
+    def gather_texts(self, texts: Sequence[str]) -> list[str]:
+        """As `gather`, of texts of at most TEXT_BYTES bytes without a zero byte; as many on every process."""
+        if self.count == 1:
+            return list(texts)
+        padded = [list(text.encode().ljust(TEXT_BYTES, b"\0")) for text in texts]
+        gathered = self.gather(torch.tensor(padded, dtype=torch.uint8))
+        return [bytes(row).rstrip(b"\0").decode() for row in gathered.tolist()]
+
+    def agree(self, number: int) -> int:
+        """The main process's number, on all of them."""
+        if self.count == 1:
+            return number
+        value = torch.tensor(number, device=self.device)
+        dist.broadcast(value, src=0)
+        return int(value)
 
     def own(self, rows: Tensor) -> Tensor:
         """This process's rows of what `gather` returned."""
@@ -125,6 +144,23 @@ class Processes:
             for module in modules:
                 module.set_reshard_after_forward(True, recurse=False)
                 module.reshard()
+
+
+def check_processes(config: TrainConfig, discriminator: DiscriminatorConfig, processes: Processes) -> None:
+    """Raises UserError where the work of a step cannot be dealt to the processes."""
+    shared = {"train.prompts_per_step": config.prompts_per_step}
+    if config.objective.name == "afd":
+        shared |= {
+            "train.held_out_per_step": config.held_out_per_step,
+            "discriminator.warmup_prompts": discriminator.warmup_prompts,
+        }
+    for key, prompts in shared.items():
+        if prompts % processes.count:
+            raise UserError(
+                f"{key}: {prompts} prompts cannot be split over {processes.count} processes; choose a multiple."
+            )
+    if config.policy.name == "full" and config.policy.offload and processes.sharded:
+        raise UserError("train.policy.offload: copies of a sharded network are sharded already; set it to false")
 
 
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:

@@ -12,9 +12,19 @@ def cache_folder(recipe: DataConfig) -> Path:
     return Path(recipe.cache.folder) if recipe.cache.folder else Path(recipe.out) / "cache"
 
 
+def stream_source(recipe: DataConfig) -> str:
+    """The cache that training and evaluation read, a folder or an address: `stream.folder`, or the recipe's own."""
+    return recipe.stream.folder or str(cache_folder(recipe))
+
+
 def stream_folder(recipe: DataConfig) -> Path:
-    """The cache that training and evaluation read: `stream.folder`, or the recipe's own."""
-    return Path(recipe.stream.folder) if recipe.stream.folder else cache_folder(recipe)
+    """Where that cache's manifest and index lie, and what is computed from it: for an address, which is asked, a head.
+
+    Raises UserError: nothing there, no access, no network.
+    """
+    from afd_data.origin import local_head
+
+    return local_head(stream_source(recipe))
 
 
 def train_folder(recipe: DataConfig) -> Path:

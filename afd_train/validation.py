@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from pathlib import Path
 
 import numpy as np
@@ -32,34 +33,31 @@ class Validation:
         limit = setup.config.validation_prompts
         # Where nothing is measured, no more are drawn than the strip shows.
         shown = min(limit, STRIP_CLIPS, fitting(setup.student.video))
-        self._prompts = prompts_of(setup.held_out or setup.stream, limit if self._exact else shown)
+        self._limit = limit if self._exact else shown
 
     def run(self, step: int) -> Metrics:
         """Write the strip of `step` and return means over the clips, as `validation/...`; all processes draw."""
         setup, processes = self._setup, self._setup.processes
+        # Of the generation that is read now, whatever was read when the run was started or resumed.
+        prompts = prompts_of(setup.held_out or setup.stream, self._limit)
         # As many for each, since sharded processes gather weights together.
-        own = [self._prompts[i % len(self._prompts)] for i in range(processes.index, self._padded, processes.count)]
+        padded = -(-len(prompts) // processes.count) * processes.count
+        own = [prompts[i % len(prompts)] for i in range(processes.index, padded, processes.count)]
         with setup.watch("validation"):
             with setup.trainee.acting("ema") as net, processes.unsharded(net):
                 videos = setup.student.videos(own, NOISE_SEED, takes=1, batch=setup.config.clips_per_pass or len(own))
             setup.student.autoencoder.release()
-            videos = processes.gather(torch.from_numpy(videos[:, 0])).numpy()[: len(self._prompts)]
+            videos = processes.gather(torch.from_numpy(videos[:, 0])).numpy()[: len(prompts)]
             if not processes.main:
                 return {}
             self._write_strip(videos[:STRIP_CLIPS], step, setup.student.video.fps)
-            return self._measure(videos) if self._exact else {}
+            return self._measure(videos, prompts) if self._exact else {}
 
-    @property
-    def _padded(self) -> int:
-        """The number of prompts, rounded up to the number of processes."""
-        count = self._setup.processes.count
-        return -(-len(self._prompts) // count) * count
-
-    def _measure(self, videos: np.ndarray) -> Metrics:
+    def _measure(self, videos: np.ndarray, prompts: list[tuple[str, str]]) -> Metrics:
         from afd_train.evaluation.physics import measure
 
         fps = self._setup.student.video.fps
-        rows = [measure(video, fps, prompt) for video, (_, prompt) in zip(videos, self._prompts, strict=True)]
+        rows = [measure(video, fps, prompt) for video, (_, prompt) in zip(videos, prompts, strict=True)]
         return {f"validation/{key}": float(np.mean([row[key] for row in rows])) for key in rows[0]}
 
     def _write_strip(self, videos: np.ndarray, step: int, fps: float) -> None:
@@ -82,7 +80,7 @@ def fitting(video: VideoConfig) -> int:
     return max(1, STRIP_WIDTH // (enlargement(video) * video.width))
 
 
-def prompts_of(stream: Stream, limit: int | None = None) -> list[tuple[str, str]]:
-    """(id, text) of the first `limit` prompts of a split, by id; of all by default."""
+def prompts_of(stream: Stream, limit: int | None = None, known: Set[str] = frozenset()) -> list[tuple[str, str]]:
+    """(id, text) of the first `limit` prompts of a split, by id, without those in `known`; of all by default."""
     first = {stream.places[key].prompt_id: key for key in reversed(stream.keys)}
-    return [(prompt_id, stream.example(first[prompt_id]).prompt) for prompt_id in sorted(first)[:limit]]
+    return [(prompt_id, stream.example(first[prompt_id]).prompt) for prompt_id in sorted(first.keys() - known)[:limit]]

@@ -10,15 +10,15 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from afd_data.config import VideoConfig
 from afd_data.errors import UserError
+from afd_data.examples import Place, Reading, read_example, read_places
 from afd_data.files import whole_file
-from afd_data.index import read_index
 from afd_data.sample import sample_key
 from afd_data.shards import read_manifest
 from afd_data.video import Decoder, read_video, write_mp4
@@ -45,28 +45,20 @@ class Clip:
 def teacher_clips(folder: Path, split: str, prompts: int | None, decoder: Decoder) -> list[Clip]:
     """All takes of the first `prompts` prompts (by id) of a cached split, the newest generation of each.
 
-    Raises UserError when the split holds nothing or the index names a tar that the manifest does not.
+    Raises UserError when the split holds nothing, or a sample of it is damaged or gone.
     """
-    known = {shard.file for shard in read_manifest(folder).of(split)}
-    newest: dict[str, dict] = {}
-    for row in read_index(folder, split).to_pylist() if known else []:
-        if row["shard"] not in known:
-            raise UserError(
-                f"{folder}/index/{split}.parquet: names {row['shard']!r}, the manifest does not. Remove it."
-            )
-        if row["key"] not in newest or row["generation"] > newest[row["key"]]["generation"]:
-            newest[row["key"]] = row
-    chosen = sorted({row["prompt_id"] for row in newest.values()})[:prompts]
-    if not chosen:
+    if not read_manifest(folder).of(split):
         raise UserError(
             f"{folder}: no videos of the {split} split. Set prompts.{split} or prompts.test_source, "
             "and run `afd cache-teacher` again."
         )
-    rows = sorted(newest.values(), key=lambda row: row["key"])
+    places = read_places(folder, split)
+    chosen = set(sorted({place.prompt_id for place in places.values()})[:prompts])
+    reading = Reading(folder, decoder, video=None, decode=False)
+    examples = [read_example(reading, places[key]) for key in sorted(places) if places[key].prompt_id in chosen]
     return [
-        Clip("teacher", row["prompt_id"], row["prompt"], row["take"], -1, _in_tar(folder, row, decoder))
-        for row in rows
-        if row["prompt_id"] in set(chosen)
+        Clip("teacher", example.prompt_id, example.prompt, example.take, -1, _in_tar(reading, places[example.key]))
+        for example in examples
     ]
 
 
@@ -170,15 +162,5 @@ def _in_file(path: Path, decoder: Decoder) -> Callable[[], np.ndarray]:
     return lambda: read_video(path, decoder).frames
 
 
-def _in_tar(folder: Path, row: dict, decoder: Decoder) -> Callable[[], np.ndarray]:
-    def load() -> np.ndarray:
-        path = folder / row["shard"]
-        with open(path, "rb") as file:
-            file.seek(row["mp4_offset"])
-            data = file.read(row["mp4_size"])
-        name = f"{path}: {row['key']}.mp4"
-        if hashlib.sha256(data).hexdigest() != row["mp4_sha256"]:
-            raise UserError(f"{name}: damaged (its hash is not the index's); `afd cache verify` tells more")
-        return read_video(data, decoder, name).frames
-
-    return load
+def _in_tar(reading: Reading, place: Place) -> Callable[[], np.ndarray]:
+    return lambda: read_example(replace(reading, decode=True), place).video

@@ -35,14 +35,15 @@ def evaluate(recipe: Recipe) -> Path:
     out, config = eval_folder(recipe), recipe.eval
     groups = measure.groups(recipe.teacher.name)
     primary = _metric(groups, config.primary_metric)
-    teacher = videos.teacher_clips(stream_folder(recipe), config.split, config.prompts, recipe.stream.decoder)
+    cache = stream_folder(recipe)
+    teacher = videos.teacher_clips(cache, config.split, config.prompts, recipe.stream.decoder)
     students = {policy: student_folder(recipe, policy) for policy in config.policies}
     checkpoints = {policy: videos.folder_sha256(folder) for policy, folder in students.items()}
     out.mkdir(parents=True, exist_ok=True)
     with one_writer(out / ".lock", str(out)):
         steps = _training_log(train_folder(recipe) / "metrics.jsonl")
         trained = _exported_step(train_folder(recipe) / "checkpoints")
-        clips = teacher + _generated(recipe, students, teacher, trained)
+        clips = teacher + _generated(recipe, students, teacher, trained, cache)
         rows, features = measure.measure_clips(clips, recipe.video.fps, recipe.teacher.name == "playground")
         write_rows(out / "metrics.parquet", rows)
         summary = compare(rows, features, groups, config, recipe.seed)
@@ -82,8 +83,10 @@ def compare(
     )
 
 
-def _generated(recipe: Recipe, students: Mapping[str, Path], teacher: Sequence[Clip], trained: int) -> list[Clip]:
-    """Videos of every student on the teacher's prompts, made where they do not exist yet."""
+def _generated(
+    recipe: Recipe, students: Mapping[str, Path], teacher: Sequence[Clip], trained: int, cache: Path
+) -> list[Clip]:
+    """Videos of every student on the teacher's prompts, made where they do not exist yet; embeddings lie in `cache`."""
     config, prompts = recipe.eval, videos.prompts_of(teacher)
     found: list[Clip] = []
     for policy, folder in students.items():
@@ -97,7 +100,7 @@ def _generated(recipe: Recipe, students: Mapping[str, Path], teacher: Sequence[C
                 recipe.video,
                 recipe.student,
                 target,
-                stream_folder(recipe),
+                cache,
                 config.clips_per_pass,
             )
             for done in made:

@@ -8,7 +8,7 @@ several processes do what one does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +19,7 @@ from afd_data.stream import Example, Stream
 from afd_train.conditioning import LatentCache
 from afd_train.config import AfdConfig, DiscriminatorConfig, DistilConfig, FlowMatchingConfig, TrainConfig
 from afd_train.draws import Draws, generator
+from afd_train.margins import Margins
 from afd_train.optimizer import Optimizer
 from afd_train.parallel import Processes
 from afd_train.policies import Policy, Trainee
@@ -43,6 +44,7 @@ class Setup:
     processes: Processes
     watch: Stopwatch
     teacher_latents: LatentCache | None = None  # of both streams, where encoding costs more than reading
+    margins: Margins = field(default_factory=Margins)  # filled by objectives that compare student and teacher
 
     def latents(self, examples: Sequence[Example]) -> Tensor:
         """The teacher's videos as the student's latents: [B, F, C, h, w]."""

@@ -69,6 +69,8 @@ class AdversarialFlowDistillation:
         teacher, student = self._judge.score(examples, drawn.clips)  # the updated one
         metrics |= told_apart("clean_", teacher, student)
         scores = student.unflatten(0, (len(examples), drawn.takes))
+        behind = (teacher - student).unflatten(0, scores.shape).mean(1)
+        self._setup.margins.add(examples, behind, step, self._setup.processes)
         metrics["advantage/spread"] = float(scores.std(1).mean())
         weight = weights_from_advantages(
             self._advantages(examples, scores, step).flatten(), self._config.advantage_clip

@@ -16,8 +16,8 @@ import pytest
 from afd_data.config import StreamConfig, VideoConfig
 from afd_data.errors import UserError
 from afd_data.index import index_path, update_index
-from afd_data.sample import Sample
-from afd_data.shards import Content, Manifest, write_manifest, write_shard
+from afd_data.sample import Sample, parse_sample
+from afd_data.shards import Content, Manifest, read_manifest, write_manifest, write_shard
 from afd_data.stream import Stream, epoch_order
 from afd_data.video import write_mp4
 
@@ -322,3 +322,165 @@ def test_a_sample_can_be_decoded_all_the_same(sealed: Path) -> None:
 def test_an_example_knows_the_hash_of_its_mp4(sealed: Path) -> None:
     for example in stream(sealed).next_batch(7):
         assert example.mp4_sha256 == example.sample.video_sha256
+
+
+def grown(folder: Path) -> Path:
+    """The cache with p1-00 and p2-01 made again in round 1, and p9-00, new in round 2; both are complete."""
+    cache(folder)
+    add_round(folder, 1, ["p1-00", "p2-01"])
+    add_round(folder, 2, ["p9-00"])
+    return folder
+
+
+def add_round(folder: Path, generation: int, made: list[str], complete: bool = True) -> None:
+    """Every sample of round g is grey 200 + g."""
+    manifest = read_manifest(folder)
+    contents = []
+    for key in made:
+        sealed = content(folder, key, 200 + generation)
+        sample = replace(parse_sample(sealed.json, key), generation=generation)
+        contents.append(replace(sealed, json=sample.to_json()))
+    (folder / "clip").unlink()
+    shard = write_shard(folder, manifest.next_file("train", generation), contents)
+    newest = generation if complete else manifest.generation
+    write_manifest(folder, replace(manifest.with_shard(shard), generation=newest))
+    update_index(folder)
+
+
+def view(folder: Path, generation: int | None = None) -> dict[str, int]:
+    """Key -> grey level of what a stream reads."""
+    source = Stream(folder, StreamConfig(), "train", 0, generation=generation)
+    return {key: int(source.example(key).video[0, 0, 0, 0]) for key in source.keys}
+
+
+def test_a_view_has_the_newest_sample_of_each_key_up_to_its_generation(tmp_path: Path) -> None:
+    folder = grown(tmp_path / "cache")
+    first = {"p0-00": 0, "p1-00": 10, "p1-01": 20, "p2-00": 30, "p2-01": 40, "p2-02": 50, "p3-00": 60}
+    assert view(folder, 0) == first
+    assert view(folder, 1) == first | {"p1-00": 201, "p2-01": 201}
+    assert view(folder) == view(folder, 2) == first | {"p1-00": 201, "p2-01": 201, "p9-00": 202}
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_shards_of_a_round_that_is_not_complete_are_no_data(tmp_path: Path, with_index: bool) -> None:
+    folder = cache(tmp_path / "cache")
+    before = view(folder)
+    add_round(folder, 1, ["p1-00", "p9-00"], complete=False)
+    if not with_index:
+        index_path(folder, "train").unlink()
+    assert view(folder) == before
+    with pytest.raises(UserError, match="generation 1 is not complete here, the newest is 0"):
+        view(folder, 1)
+
+
+def test_a_stream_keeps_its_view_until_it_is_switched(tmp_path: Path) -> None:
+    folder = cache(tmp_path / "cache")
+    source, untouched = stream(folder, memory_mb=0), stream(folder)
+    alone = keys(untouched, 10)
+    batch = source.next_batch(5)
+    add_round(folder, 1, ["p1-00", "p1-01", "p2-00", "p2-01", "p2-02"])
+    batch += source.next_batch(5)
+    assert [example.key for example in batch] == alone
+    assert {example.generation for example in batch} == {0}
+
+
+def test_a_switch_reads_the_new_view_once_an_epoch_and_forgets_old_frames(tmp_path: Path) -> None:
+    folder = cache(tmp_path / "cache")
+    source = stream(folder)
+    source.next_batch(9)
+    add_round(folder, 1, ["p1-00", "p9-00"])
+    source.switch(1)
+    levels = {example.key: int(example.video[0, 0, 0, 0]) for example in source.next_batch(8)}
+    assert levels == view(folder)
+    assert levels["p1-00"] == levels["p9-00"] == 201
+
+
+def test_no_two_views_begin_in_the_same_order(tmp_path: Path) -> None:
+    folder = cache(tmp_path / "cache")
+    source = stream(folder)
+    orders = [keys(source, 3)]
+    for generation in range(1, 5):
+        add_round(folder, generation, ["p0-00"])
+        source.switch(generation)
+        orders.append(keys(source, 3))
+    assert len({tuple(order) for order in orders}) == 5
+
+
+def test_resume_is_exact_before_and_after_switches_in_any_epoch(tmp_path: Path) -> None:
+    folder = grown(tmp_path / "cache")
+
+    def run(source: Stream, first: int) -> list[tuple[str, int]]:
+        """Draws of generation 0 up to 9, of 1 up to 12 (less than an epoch), of 2 up to 30."""
+        drawn = []
+        for number in range(first, 30):
+            if number in (9, 12):
+                source.switch(source.generation + 1)
+            drawn += [(example.key, example.generation) for example in source.next_batch(1)]
+            states.append(json.loads(json.dumps(source.state_dict())))
+        return drawn
+
+    states: list[dict] = []
+    unbroken = run(Stream(folder, StreamConfig(), "train", 0, generation=0), 0)
+    for first, state in enumerate(states[:29], start=1):
+        resumed = stream(folder)
+        resumed.load_state_dict(state)
+        assert run(resumed, first) == unbroken[first:]
+    assert states[8]["history"] == []
+    assert states[29]["history"] == [[0, 9], [1, 3]]
+    assert (states[29]["generation"], states[29]["drawn"]) == (2, 18)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_switch_together(tmp_path: Path, ranks: int) -> None:
+    folder = grown(tmp_path / "cache")
+    sources = [Stream(folder, StreamConfig(), "train", 0, rank, ranks, generation=0) for rank in range(ranks)]
+    alone = Stream(folder, StreamConfig(), "train", 0, generation=0)
+    for generation in (1, 2):
+        together = [keys(source, 4) for source in sources]
+        assert [key for row in zip(*together, strict=True) for key in row] == keys(alone, 4 * ranks)
+        for source in (*sources, alone):
+            source.switch(generation)
+    assert all(source.state_dict() == alone.state_dict() for source in sources)
+
+
+def test_worker_processes_read_the_new_view_after_a_switch(tmp_path: Path) -> None:
+    folder = grown(tmp_path / "cache")
+    with Stream(folder, StreamConfig(workers=1), "train", 0, generation=0) as source:
+        source.next_batch(1)
+        source.switch(1)
+        assert {example.key: example.generation for example in source.next_batch(7)}["p2-01"] == 1
+
+
+def test_a_failed_switch_leaves_the_stream_as_it_was(sealed: Path) -> None:
+    source, other = stream(sealed), stream(sealed)
+    assert keys(source, 5) == keys(other, 5)
+    with pytest.raises(UserError, match="generation 1 is not complete"):
+        source.switch(1)
+    assert source.state_dict() == other.state_dict()
+    assert keys(source, 9) == keys(other, 9)
+
+
+@pytest.mark.parametrize("what", ["a part", "all"])
+def test_a_view_that_was_pruned_is_named_on_resuming(tmp_path: Path, what: str) -> None:
+    folder = cache(tmp_path / "cache")
+    state = stream(folder).state_dict()
+    add_round(folder, 1, sorted(stream(folder).keys))
+    manifest = read_manifest(folder)
+    old = [shard for shard in manifest.shards if shard.generation == 0]
+    taken = old if what == "all" else old[:1]
+    kept = tuple(shard for shard in manifest.shards if shard not in taken)
+    write_manifest(folder, replace(manifest, shards=kept, pruned=tuple(taken)))
+    update_index(folder)
+    with pytest.raises(UserError, match=r"samples of generation 0.*been pruned \(.*g0000-000000\.tar.*24 hours"):
+        stream(folder).load_state_dict(state)
+
+
+def test_what_is_pruned_from_under_a_newer_view_does_not_touch_it(tmp_path: Path) -> None:
+    folder = cache(tmp_path / "cache", per_shard=7)
+    add_round(folder, 1, sorted(stream(folder).keys))
+    state = stream(folder).state_dict()
+    manifest = read_manifest(folder)
+    write_manifest(folder, replace(manifest, shards=manifest.shards[1:], pruned=manifest.shards[:1]))
+    resumed = stream(folder)
+    resumed.load_state_dict(state)
+    assert resumed.generation == 1
