@@ -1,4 +1,4 @@
-"""Which videos are taken: those that decode, have the shape that was asked for, move, and are nobody else's twin.
+"""Which videos are taken: those that decode, have the shape asked for, show something, move, and are nobody's twin.
 
 Works on decoded frames, uint8 [F, H, W, 3]; knows nothing of journals and shards.
 """
@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
 
-from afd_data.config import VideoConfig
+from afd_data.config import CacheConfig, VideoConfig
 from afd_data.errors import UserError
-from afd_data.video import Video, probe, read_video, write_mp4
+from afd_data.files import whole_file
+from afd_data.sound import add_sound, drop_sound, has_sound
+from afd_data.video import Probe, probe, read_video, write_mp4
 
+RATE_TOLERANCE = 0.002  # of the frame rate: 23.976 counts as 24
 HASH_FRAMES, HASH_ROWS, HASH_COLUMNS = 4, 4, 4  # 64 bits
 HASH_MARGIN = 2.0  # levels; smaller steps are compression noise and count as flat
 THUMBNAIL_FRAMES, THUMBNAIL_SIDE = 4, 8
@@ -25,27 +29,53 @@ class RejectedError(Exception):
     """A video that is not taken.  The text starts with the reason in a word or two and a colon."""
 
 
-def read_and_check(path: Path, video: VideoConfig, frozen: float) -> np.ndarray:
-    """Decode a delivered file completely and return its frames; raises RejectedError."""
+def read_and_check(path: Path, video: VideoConfig, rules: CacheConfig) -> np.ndarray:
+    """Decode a delivered file completely and return its frames; `rules` are those about black and frozen videos.
+
+    Raises RejectedError: undecodable, wrong shape, black, frozen.
+    """
     try:
+        facts = probe(path)
+        if facts.declared_frames <= facts.frames:  # else `read_video` says that it is truncated
+            check_shape(facts, video)
         # one decoder for every machine: frames are equal, but decord dies of some damaged files
-        delivered = read_video(path, decoder="pyav")
+        frames = read_video(path, decoder="pyav").frames
     except UserError as error:
         raise RejectedError(f"undecodable: {error}") from None
-    check_shape(delivered, video)
-    check_motion(delivered.frames, frozen)
-    return delivered.frames
-
-
-def check_shape(delivered: Video, video: VideoConfig) -> None:
-    """Raises RejectedError unless size, frame count and rate are those of the recipe."""
-    frames, height, width = delivered.frames.shape[:3]
-    asked = (video.width, video.height, video.frames)
-    if (width, height, frames) != asked or abs(delivered.fps - video.fps) > 1e-3 * video.fps:
+    if frames.shape[1:3] != (video.height, video.width):
         raise RejectedError(
-            f"wrong shape: {width}x{height}, {frames} frames at {delivered.fps:g} fps; "
-            f"asked for {asked[0]}x{asked[1]}, {asked[2]} frames at {video.fps:g} fps"
+            f"wrong shape: shown turned, as {frames.shape[2]}x{frames.shape[1]}; asked for {video.width}x{video.height}"
         )
+    check_light(frames, rules.black)
+    check_motion(frames, rules.frozen)
+    return frames
+
+
+def shape_problem(facts: Probe, video: VideoConfig) -> str:
+    """How size, frame count or rate, and with them the duration, differ from the recipe's; "" where they do not."""
+    there = (facts.width, facts.height, facts.frames)
+    asked = (video.width, video.height, video.frames)
+    if there == asked and abs(facts.fps - video.fps) <= RATE_TOLERANCE * video.fps:
+        return ""
+    return f"{_shape(*there, facts.fps)}; asked for {_shape(*asked, video.fps)}"
+
+
+def _shape(width: int, height: int, frames: int, fps: float) -> str:
+    duration = f" ({frames / fps:.2f} s)" if fps > 0 else ""
+    return f"{width}x{height}, {frames} frames at {fps:g} fps{duration}"
+
+
+def check_shape(facts: Probe, video: VideoConfig) -> None:
+    """Raises RejectedError as `shape_problem` tells."""
+    if problem := shape_problem(facts, video):
+        raise RejectedError(f"wrong shape: {problem}")
+
+
+def check_light(frames: np.ndarray, black: float) -> None:
+    """Raises RejectedError when no value of any pixel, red, green or blue, is above `black` levels."""
+    brightest = int(frames.max())
+    if brightest <= black:
+        raise RejectedError(f"black: no pixel is brighter than {brightest} levels, the limit is {black:g}")
 
 
 def check_motion(frames: np.ndarray, frozen: float) -> None:
@@ -55,12 +85,26 @@ def check_motion(frames: np.ndarray, frozen: float) -> None:
         raise RejectedError(f"frozen: frames differ by {change:.3f} levels on average, less than {frozen:g}")
 
 
-def make_mp4(path: Path, frames: np.ndarray, video: VideoConfig) -> None:
-    """See that `path` is H.264 in mp4: a delivered one keeps its bytes, anything else is encoded again in place."""
+def make_mp4(path: Path, frames: np.ndarray, video: VideoConfig, audio: Literal["drop", "keep"]) -> None:
+    """See that `path` is H.264 in mp4, with or without its sound.
+
+    A delivered one keeps its bytes, or where it loses its sound those of its video track; anything else is encoded
+    again in place.
+    """
+    if not is_h264_mp4(path):
+        with whole_file(path) as part:
+            write_mp4(part, frames, video)
+            if audio == "keep":
+                add_sound(part, path, 0.0, len(frames) / video.fps)
+    elif audio == "drop" and has_sound(path):
+        drop_sound(path)
+
+
+def is_h264_mp4(path: Path) -> bool:
+    """Whether a video can be sealed as it is.  Raises UserError when it is none."""
     with open(path, "rb") as file:
         is_mp4 = file.read(8)[4:] == b"ftyp"
-    if not is_mp4 or probe(path).codec != "h264":
-        write_mp4(path, frames, video)
+    return is_mp4 and probe(path).codec == "h264"
 
 
 def perceptual_hash(frames: np.ndarray) -> str:

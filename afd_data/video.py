@@ -27,6 +27,7 @@ from afd_data.errors import UserError
 Source = Path | bytes
 Decoder = Literal["auto", "decord", "pyav"]
 RGB_MATRIX, BT709 = 0, 1  # ITU-T H.273; BT.709 is 1 as matrix, as primaries and as transfer
+MP4_OPTIONS = {"movflags": "+faststart", "fflags": "+bitexact"}  # index first; without the muxer's version
 DECORD_MIN_WIDTH = 100  # below it PyAV takes less time (0.9 against 1.7 ms for 12 frames of 32 x 32)
 
 
@@ -70,9 +71,7 @@ class Mp4Writer:
     def __init__(self, path: Path, video: VideoConfig):
         self._video = video
         self._rate = Fraction(video.fps).limit_denominator(1001)
-        # bitexact leaves the muxer's version out of the file.
-        flags = {"movflags": "+faststart", "fflags": "+bitexact"}
-        self._container = av.open(str(path), "w", format="mp4", options=flags)
+        self._container = av.open(str(path), "w", format="mp4", options=MP4_OPTIONS)
         self._stream: VideoStream | None = None
         self._frames = 0
 

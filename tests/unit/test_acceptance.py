@@ -1,5 +1,7 @@
 """Which videos are taken, and when two are twins."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -7,18 +9,22 @@ from afd_data.acceptance import (
     TWIN_LEVELS,
     Hashes,
     RejectedError,
+    check_light,
     check_motion,
     is_twin,
     make_mp4,
     perceptual_hash,
     read_and_check,
+    shape_problem,
     thumbnail,
 )
-from afd_data.config import FlawsConfig, VideoConfig
+from afd_data.config import CacheConfig, VideoConfig
+from afd_data.teacher_config import FlawsConfig
 from afd_data.teachers.world import simulate
-from afd_data.video import read_video, write_mp4
+from afd_data.video import Probe, read_video, write_mp4
 
 VIDEO = VideoConfig(lossless=True)  # 16x16, 12 frames at 8 fps
+RULES = CacheConfig()
 
 
 def moving_square(frames: int = 12, side: int = 16, colour: int = 200) -> np.ndarray:
@@ -32,7 +38,7 @@ def moving_square(frames: int = 12, side: int = 16, colour: int = 200) -> np.nda
 
 def test_a_video_as_asked_for_is_taken(tmp_path):
     write_mp4(tmp_path / "x.mp4", moving_square(), VIDEO)
-    assert np.array_equal(read_and_check(tmp_path / "x.mp4", VIDEO, 0.1), moving_square())
+    assert np.array_equal(read_and_check(tmp_path / "x.mp4", VIDEO, RULES), moving_square())
 
 
 @pytest.mark.parametrize(
@@ -43,21 +49,57 @@ def test_a_video_as_asked_for_is_taken(tmp_path):
 def test_another_shape_is_rejected_with_both_shapes(tmp_path, delivered):
     write_mp4(tmp_path / "x.mp4", moving_square(delivered.frames, delivered.width), delivered)
     with pytest.raises(RejectedError, match=r"wrong shape: .*asked for 16x16, 12 frames at 8 fps"):
-        read_and_check(tmp_path / "x.mp4", VIDEO, 0.1)
+        read_and_check(tmp_path / "x.mp4", VIDEO, RULES)
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>404</html>", bytes(5000)])
 def test_what_is_no_video_is_rejected(tmp_path, data):
     (tmp_path / "x.mp4").write_bytes(data)
     with pytest.raises(RejectedError, match="undecodable: "):
-        read_and_check(tmp_path / "x.mp4", VIDEO, 0.1)
+        read_and_check(tmp_path / "x.mp4", VIDEO, RULES)
 
 
 def test_a_truncated_video_is_rejected(tmp_path):
     write_mp4(tmp_path / "x.mp4", moving_square(), VIDEO)
     (tmp_path / "x.mp4").write_bytes((tmp_path / "x.mp4").read_bytes()[:-200])
     with pytest.raises(RejectedError, match="undecodable: "):
-        read_and_check(tmp_path / "x.mp4", VIDEO, 0.1)
+        read_and_check(tmp_path / "x.mp4", VIDEO, RULES)
+
+
+def facts(**changed: Any) -> Probe:
+    there: dict[str, Any] = {"width": 16, "height": 16, "frames": 12, "fps": 8.0}
+    return Probe(**(there | changed), codec="h264", pixel_format="yuv420p", declared_frames=12, video_tracks=1)
+
+
+def test_a_shape_differs_in_size_frames_or_rate():
+    assert shape_problem(facts(), VIDEO) == ""
+    assert shape_problem(facts(frames=11), VIDEO) == (
+        "16x16, 11 frames at 8 fps (1.38 s); asked for 16x16, 12 frames at 8 fps (1.50 s)"
+    )
+    assert shape_problem(facts(width=18), VIDEO)
+    assert shape_problem(facts(height=18), VIDEO)
+    assert shape_problem(facts(fps=8.02), VIDEO)
+
+
+def test_the_rate_of_american_television_counts_as_the_round_one():
+    assert shape_problem(facts(fps=24000 / 1001), VideoConfig(fps=24.0)) == ""
+    assert shape_problem(facts(fps=30000 / 1001), VideoConfig(fps=30.0)) == ""
+    assert shape_problem(facts(fps=24.0), VideoConfig(fps=25.0))
+
+
+def test_a_video_without_light_is_rejected():
+    clip = np.zeros((3, 10, 10, 3), np.uint8)
+    clip[1, 4, 5, 2] = 3  # one blue pixel in one frame
+    check_light(clip, 2.0)
+    with pytest.raises(RejectedError, match=r"^black: no pixel is brighter than 3 levels, the limit is 3$"):
+        check_light(clip, 3.0)
+
+
+def test_a_black_video_is_rejected_by_the_recipes_limit(tmp_path):
+    write_mp4(tmp_path / "x.mp4", moving_square(colour=60), VIDEO)
+    read_and_check(tmp_path / "x.mp4", VIDEO, RULES)
+    with pytest.raises(RejectedError, match=r"^black: "):
+        read_and_check(tmp_path / "x.mp4", VIDEO, CacheConfig(black=60))
 
 
 def test_frozen_is_the_mean_change_between_neighbouring_frames():
@@ -71,7 +113,7 @@ def test_frozen_is_the_mean_change_between_neighbouring_frames():
 def test_a_delivered_h264_mp4_keeps_its_bytes(tmp_path):
     write_mp4(tmp_path / "x.mp4", moving_square(), VIDEO)
     before = (tmp_path / "x.mp4").read_bytes()
-    make_mp4(tmp_path / "x.mp4", moving_square(), VideoConfig())
+    make_mp4(tmp_path / "x.mp4", moving_square(), VideoConfig(), "drop")
     assert (tmp_path / "x.mp4").read_bytes() == before
 
 
@@ -84,8 +126,8 @@ def test_another_container_becomes_an_mp4(tmp_path):
         for rgb in moving_square():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")))
         container.mux(stream.encode())
-    frames = read_and_check(tmp_path / "x.mp4", VIDEO, 0.1)
-    make_mp4(tmp_path / "x.mp4", frames, VIDEO)
+    frames = read_and_check(tmp_path / "x.mp4", VIDEO, RULES)
+    make_mp4(tmp_path / "x.mp4", frames, VIDEO, "drop")
     assert (tmp_path / "x.mp4").read_bytes()[4:8] == b"ftyp"
     assert np.array_equal(read_video(tmp_path / "x.mp4").frames, moving_square())
 

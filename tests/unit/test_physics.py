@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from afd_data.config import FlawsConfig, VideoConfig
+from afd_data.config import VideoConfig
+from afd_data.teacher_config import FlawsConfig
 from afd_data.teachers.drawing import draw
 from afd_data.teachers.scene import BACKGROUND, COLOURS, SIZES, parse
 from afd_data.teachers.world import simulate

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from afd_data.config import FlawsConfig, PlaygroundConfig, VideoConfig
+from afd_data.config import VideoConfig
+from afd_data.teacher_config import FlawsConfig, PlaygroundConfig
 from afd_data.teachers import RefusedError, Request, open_teacher
 from afd_data.teachers.scene import BACKGROUND, BOUNCINESS, COLOURS, GRAVITIES, SIZES, parse
 from afd_data.teachers.world import simulate

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from afd_data.config import FlawsConfig, VideoConfig
+from afd_data.config import VideoConfig
+from afd_data.teacher_config import FlawsConfig
 from afd_data.teachers.world import simulate
 from afd_data.video import read_video
 from afd_train.evaluation import figures, gallery, report
