@@ -6,12 +6,9 @@ Knows nothing of students or losses, and of a teacher only its Protocol.
 
 from __future__ import annotations
 
-import signal
 import sqlite3
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,18 +19,17 @@ from afd_data.config import DataConfig
 from afd_data.errors import UserError
 from afd_data.files import NO_ROOM, one_writer
 from afd_data.index import update_index
-from afd_data.journal import Journal, Row
-from afd_data.plan import plan_samples, recipe_facts
-from afd_data.progress import progress_bar
+from afd_data.journal import JOURNAL, LOCK, Journal
+from afd_data.origin import publish, set_origin
+from afd_data.partition import Partition, check_parts
+from afd_data.planning import plan_round
 from afd_data.prompts import Prompt
+from afd_data.pruning import prune_held
 from afd_data.sealing import Sealer
 from afd_data.spool import Spool
-from afd_data.states import IN_FLIGHT
+from afd_data.states import IN_FLIGHT, LOST
 from afd_data.teachers import Teacher
-
-JOURNAL = "journal.sqlite"
-LOCK = ".lock"
-COMMIT_EVERY_S = 0.25  # records of a free teacher wait this long at most; what a crash loses is asked again
+from afd_data.work import COMMIT_EVERY_S, ask_all
 
 
 @dataclass(frozen=True)
@@ -45,6 +41,7 @@ class Summary:
     reasons: dict[str, int]
     shards: int
     bytes: int
+    generation: int
 
     @property
     def sealed(self) -> int:
@@ -53,78 +50,105 @@ class Summary:
 
     def text(self) -> str:
         """For the terminal."""
-        lines = [f"{self.folder}: {self.sealed} samples in {self.shards} shards, {self.bytes / 1e6:.1f} MB"]
+        newest = f", newest generation {self.generation}" if self.generation else ""
+        lines = [f"{self.folder}: {self.sealed} samples in {self.shards} shards, {self.bytes / 1e6:.1f} MB{newest}"]
         others = {state: count for state, count in self.states.items() if state != "sealed"}
         if others:
             lines.append("not in it: " + ", ".join(f"{count} {state}" for state, count in others.items()))
         lines += [f"  {count} x {reason}" for reason, count in self.reasons.items()]
         if self.states.get("unknown"):
-            lines.append("  unknown: it cannot be told whether the teacher made and charged these; not asked again")
+            lines.append("  unknown: it cannot be told whether the teacher made and charged these; not asked again.")
+            lines.append("  `afd cache reconcile RECIPE` asks the provider; `afd cache resubmit` orders again.")
         return "\n".join(lines)
 
 
 def cache_teacher(
-    recipe: DataConfig, prompts: list[Prompt], folder: Path, teacher: Teacher, progress: bool = True
+    recipe: DataConfig,
+    prompts: list[Prompt],
+    folder: Path,
+    teacher: Teacher,
+    progress: bool = True,
+    refresh: bool = False,
+    partition: Partition | None = None,
 ) -> Summary:
     """Ask the teacher for every video that the recipe wants and the cache `folder` lacks, and seal them.
 
+    With `refresh`, first finish the round that is going on, then ask anew for what the recipe's `refresh` section
+    makes due.  With `partition`, do one share of the work in a folder of its own below `folder`.
     Raises UserError: another writer, a cache of another recipe, no room on the disk; KeyboardInterrupt after a clean
     stop on Ctrl-C.  Whatever ends it, the same call goes on from there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with one_writer(folder / LOCK, f"cache {folder}"), _room_errors(folder):
+    check_parts(folder, partition)
+    own = folder if partition is None else partition.folder(folder)
+    own.mkdir(parents=True, exist_ok=True)
+    with one_writer(own / LOCK, f"cache {own}"), _room_errors(own):
+        if recipe.cache.storage and partition is None:
+            set_origin(own, recipe.cache.storage)
         patience_s = 0.0 if teacher.identity.paid else COMMIT_EVERY_S
-        journal = Journal(folder / JOURNAL, patience_s=patience_s)
+        journal = Journal(own / JOURNAL, patience_s=patience_s, mode=recipe.cache.journal)
         try:
-            spool = Spool(folder / "spool")
-            sealer = Sealer(folder, journal, spool, recipe.cache)
-            _check_same_recipe(recipe, teacher, journal, folder)
-            sealer.recover()
-            _recover_requests(journal, spool, teacher.identity.paid)
-            journal.plan(plan_samples(recipe, prompts, teacher.identity))
-            _ask_all(Asker(recipe, teacher, journal, spool), journal, sealer, recipe.cache.workers, progress)
-            sealer.finish()
-            update_index(folder)
-            write_card(folder, sealer.manifest, teacher.identity, recipe.video.model_dump())
-            return summarise(folder, journal, sealer)
+            if partition is not None:
+                recipe = partition.share_of(recipe)
+            return _fill(recipe, prompts, own, teacher, journal, progress, refresh, partition)
         finally:
             journal.close()
+
+
+def _fill(
+    recipe: DataConfig,
+    prompts: list[Prompt],
+    folder: Path,
+    teacher: Teacher,
+    journal: Journal,
+    progress: bool,
+    refresh: bool,
+    partition: Partition | None,
+) -> Summary:
+    spool = Spool(folder / "spool")
+    sealer = Sealer(folder, journal, spool, recipe.cache)
+    sealer.recover()
+    recover_requests(journal, spool, teacher.identity.paid)
+    for _ in range(2):  # a round that is going on is finished before the one that was asked for
+        more = plan_round(recipe, prompts, teacher.identity, journal, sealer, refresh, partition)
+        try:
+            ask_all(Asker(recipe, teacher, journal, spool), journal, sealer, recipe.cache.workers, progress)
+        except UserError:
+            _finish(folder, sealer)  # what was paid for so far can be trained on
+            raise
+        _finish(folder, sealer)
+        if not more:
+            break
+    if refresh and partition is None:
+        prune_held(folder, recipe.refresh.keep_generations)
+    return summarise(folder, journal, sealer)
+
+
+def _finish(folder: Path, sealer: Sealer) -> None:
+    sealer.finish()
+    update_index(folder)
+    write_card(folder)
+    publish(folder)
 
 
 def summarise(folder: Path, journal: Journal, sealer: Sealer) -> Summary:
     """Count what there is."""
     reasons = Counter()
-    rows = journal.select("SELECT reason, count(*) FROM samples WHERE reason != '' GROUP BY reason")
+    marks = ", ".join("?" * len(LOST))
+    rows = journal.select(f"SELECT reason, count(*) FROM samples WHERE state IN ({marks}) GROUP BY reason", LOST)
     for reason, count in rows:
         reasons[reason.partition(":")[0]] += count
     shards = sealer.manifest.shards
-    return Summary(
-        folder, journal.counts(), dict(reasons.most_common()), len(shards), sum(shard.bytes for shard in shards)
-    )
+    size = sum(shard.bytes for shard in shards)
+    counts = dict(reasons.most_common())
+    return Summary(folder, journal.counts(), counts, len(shards), size, sealer.manifest.generation)
 
 
-def _check_same_recipe(recipe: DataConfig, teacher: Teacher, journal: Journal, folder: Path) -> None:
-    """A cache holds the videos of one teacher, setting and seed, taken by one rule."""
-    facts = recipe_facts(recipe, teacher.identity)
-    facts |= {"cache": recipe.cache.model_dump(include={"frozen", "near_duplicate"})}
-    known = journal.fact("recipe")
-    if known is None:
-        journal.set_fact("recipe", facts)
-    elif isinstance(known, dict) and known != facts:
-        changed = [
-            f"{name} was {known.get(name)}, is now {facts[name]}" for name in facts if known.get(name) != facts[name]
-        ]
-        raise UserError(
-            f"{folder} was made with other settings: {'; '.join(changed)}. "
-            "Set them back, or cache into another folder with --set out=FOLDER."
-        )
+def recover_requests(journal: Journal, spool: Spool, paid: bool) -> None:
+    """Decide about requests that failed or that a crash cut off; those with a job id go on with their job.
 
-
-def _recover_requests(journal: Journal, spool: Spool, paid: bool) -> None:
-    """Decide about requests that failed or that a crash cut off: free ones are asked again.
-
-    Paid ones go on with their job.  Without a job id, those that failed are asked again, and those whose answer is not
-    known become `unknown`.  Raises UserError when a paid video is gone from the spool.
+    Without one, free requests are asked again, and paid ones whose answer is not known become `unknown`.  What failed
+    is asked again if it cost nothing: of a free teacher, or never taken.  Raises UserError when a paid video is gone
+    from the spool.
     """
     for row in journal.rows(states=(*IN_FLIGHT, "failed", "spooled")):
         if row.state == "spooled":
@@ -132,63 +156,14 @@ def _recover_requests(journal: Journal, spool: Spool, paid: bool) -> None:
                 if paid:
                     raise UserError(f"{spool.path(row, 'mp4')}: was paid for, spooled, and is gone. Put it back.")
                 journal.move(row.id, "planned")
-        elif not paid or (row.state == "failed" and not journal.job_id(row.fingerprint)):
-            journal.move(row.id, "planned")
-        elif row.state == "intent":
+        elif row.state == "failed":
+            if not paid or not journal.job_id(row.fingerprint):
+                journal.move(row.id, "planned")
+        elif row.state == "intent" and paid:
             journal.move(row.id, "unknown", reason="no answer: the run ended between the request and its answer")
+        elif row.state == "intent" or not journal.job_id(row.fingerprint):
+            journal.move(row.id, "planned")
     journal.flush()
-
-
-def _ask_all(asker: Asker, journal: Journal, sealer: Sealer, workers: int, progress: bool) -> None:
-    rows = journal.rows(states=("planned", "submitted", "running", "ready"))
-    total = sum(journal.counts().get(state, 0) for state in ("planned", "submitted", "running", "ready"))
-    bar = progress_bar(total, "video", "cache-teacher", disable=not progress, smoothing=0.05)
-    with bar, _stop_on_interrupt(asker.stop, bar.write), ThreadPoolExecutor(workers, "teacher") as pool:
-        in_flight: set[Future] = set()
-        try:
-            while _fill(pool, in_flight, rows, asker, 2 * workers) or in_flight:
-                done, in_flight = wait(in_flight, timeout=COMMIT_EVERY_S, return_when=FIRST_COMPLETED)
-                for future in done:
-                    future.result()
-                bar.update(len(done))
-                sealer.advance()
-                if not done:
-                    journal.flush()
-        except BaseException:
-            asker.stop.set()
-            raise
-    if asker.stop.is_set():
-        journal.flush()
-        raise KeyboardInterrupt("stopped; the same command goes on from here")
-    sealer.advance()
-
-
-def _fill(pool: ThreadPoolExecutor, in_flight: set[Future], rows: Iterator[Row], asker: Asker, limit: int) -> bool:
-    """Hand out work up to `limit`; whether anything was handed out."""
-    before = len(in_flight)
-    while len(in_flight) < limit and not asker.stop.is_set() and (row := next(rows, None)) is not None:
-        in_flight.add(pool.submit(asker.ask, row))
-    return len(in_flight) > before
-
-
-@contextmanager
-def _stop_on_interrupt(stop: threading.Event, say: Callable[[str], object]) -> Iterator[None]:
-    """First Ctrl-C: finish what is in flight and stop.  Second: at once; the next run cleans up."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def on_interrupt(number: int, frame: object) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        say("Stopping after the videos in flight; the same command goes on from there. Ctrl-C again stops at once.")
-
-    before = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

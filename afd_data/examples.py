@@ -1,7 +1,8 @@
 """A cache's samples by their place: which there are, and how one is read, checked and decoded.
 
-Members are read at their offset in the tar, compared with their hash and decoded by our own two readers only
-(`parse_sample`, `read_video`); nothing is unpickled.
+Members are read at their offset in the tar, in the folder or at its origin, compared with their hash and decoded by our
+own two readers only (`parse_sample`, `read_video`); nothing is unpickled.  What was fetched is kept on the local disk
+as far as there is room, sample by sample.
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
 
 import numpy as np
 
-from afd_data.config import VideoConfig
+from afd_data.acceptance import shape_problem
+from afd_data.config import StreamConfig, VideoConfig
+from afd_data.disk_cache import open_disk_cache
 from afd_data.errors import UserError
-from afd_data.index import check_sample, index_path, read_index, shard_rows
-from afd_data.sample import Sample, parse_sample
-from afd_data.shards import MAX_BYTES, Shard, read_manifest
+from afd_data.index import check_sample, index_path, index_rows, shard_rows
+from afd_data.origin import address, is_remote, read_range
+from afd_data.origin_record import home
+from afd_data.sample import MEMBERS, Sample, parse_sample
+from afd_data.shards import BLOCK, MAX_BYTES, Shard, read_manifest
 from afd_data.video import Decoder, Video, probe, read_video
 
 
@@ -41,7 +45,7 @@ class Example:
     sample: Sample
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Place:
     """Where a sample lies: (offset, size) in bytes of its members in a tar, and their sha256."""
 
@@ -53,34 +57,50 @@ class Place:
     mp4_sha256: str
     json_sha256: str
 
+    def sha256(self, kind: str) -> str:
+        """Of one member."""
+        return self.mp4_sha256 if kind == "mp4" else self.json_sha256
+
+
+PLACE_COLUMNS = (
+    "key",
+    "prompt_id",
+    "shard",
+    *(f"{kind}_{what}" for kind in MEMBERS for what in ("offset", "size", "sha256")),
+)
+
 
 @dataclass(frozen=True)
 class Reading:
-    """How samples are read; goes to worker processes as it is."""
+    """How samples are read; goes to worker processes as it is.  `disk_mb`: see `StreamConfig`."""
 
     folder: Path
     decoder: Decoder
     video: VideoConfig | None
     decode: bool = True
+    disk_mb: int = StreamConfig().disk_mb
 
 
-def read_places(folder: Path, split: str) -> dict[str, Place]:
-    """Places of a split's samples by key, the newest generation of each; from the index, else from the tars.
+def read_places(folder: Path, split: str, generation: int | None = None) -> dict[str, Place]:
+    """Places of a split's samples by key: the newest of each among the rounds up to `generation`.
 
-    Raises UserError when there are none, or when the index names what the manifest does not.
+    The default is the newest complete round.  From the index, else from the tars.  Raises UserError when there are
+    none, or when the index names what the manifest does not.
     """
-    manifest = read_manifest(folder)
-    rows = read_index(folder, split).to_pylist() if index_path(folder, split).exists() else []
-    by_shard: dict[str, list[dict]] = {}
-    for row in rows:
-        by_shard.setdefault(row["shard"], []).append(row)
+    shards = sorted(read_manifest(folder).of(split, generation), key=lambda shard: shard.generation)
+    found: dict[str, list[Place]] = {shard.file: [] for shard in shards}
+    by_file = {shard.file: shard for shard in shards}
+    if index_path(folder, split).exists():
+        for row in index_rows(folder, split, PLACE_COLUMNS):
+            if row["shard"] in found:
+                found[row["shard"]].append(_place(row, by_file[row["shard"]]))
     places: dict[str, Place] = {}
-    for shard in sorted(manifest.of(split), key=lambda shard: shard.generation):
-        mine = by_shard.get(shard.file, [])
+    for shard in shards:
+        mine = found.pop(shard.file)
         if len(mine) != shard.samples:  # no index, or one that is behind
-            mine = _rows_of_tar(folder, shard)
-        for row in mine:
-            places[row["key"]] = _place(row, shard)
+            mine = [_place(row, shard) for row in _rows_of_tar(folder, shard)]
+        for place in mine:
+            places[place.key] = place
     if not places:
         raise UserError(f"{folder}: no {split} samples. Run `afd cache-teacher` first, or name another stream.folder.")
     return places
@@ -90,11 +110,11 @@ def _rows_of_tar(folder: Path, shard: Shard) -> list[dict]:
     try:
         return shard_rows(folder, shard)
     except OSError as error:
-        raise _unreadable(folder / shard.file, error) from None
+        raise _unreadable(address(folder, shard.file), error) from None
 
 
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be read ({error.strerror}). Restore it, or cache into a new folder.")
+def _unreadable(where: str, error: OSError) -> UserError:
+    return UserError(f"{where}: cannot be read ({error.strerror}). Restore it, or cache into a new folder.")
 
 
 def _place(row: dict, shard: Shard) -> Place:
@@ -114,13 +134,13 @@ def read_example(reading: Reading, place: Place) -> Example:
 
     Raises UserError naming shard and key: missing, truncated, another hash, not a video, another shape than wanted.
     """
-    path = reading.folder / place.shard.file
+    path = address(reading.folder, place.shard.file)
     try:
-        with open(path, "rb") as file:
-            mp4, json = (_member(file, path, place, kind) for kind in ("mp4", "json"))
+        members = _members(reading, place, path)
     except OSError as error:
         raise _unreadable(path, error) from None
-    sample = parse_sample(json, f"{path}: {place.key}.json")
+    mp4 = members["mp4"]
+    sample = parse_sample(members["json"], f"{path}: {place.key}.json")
     check_sample(sample, place.key, place.shard, path)
     where = f"{path}: {place.key}.mp4"
     if reading.video is not None:
@@ -143,22 +163,49 @@ def read_example(reading: Reading, place: Place) -> Example:
     )
 
 
-def _member(file: BinaryIO, path: Path, place: Place, kind: Literal["mp4", "json"]) -> bytes:
-    offset, size = place.mp4 if kind == "mp4" else place.json
-    file.seek(offset)
-    data = file.read(size)
-    if len(data) < size:
-        raise UserError(f"{path}: truncated in {place.key}.{kind}. Copy it again, or cache into a new folder.")
-    if hashlib.sha256(data).hexdigest() != (place.mp4_sha256 if kind == "mp4" else place.json_sha256):
-        raise UserError(f"{path}: {place.key}.{kind} is not what was sealed (its hash differs). Copy the shard again.")
-    return data
+def _members(reading: Reading, place: Place, path: str) -> dict[str, bytes]:
+    """The bytes of both members, compared with their hashes; remote ones are kept on the disk."""
+    if not is_remote(reading.folder, place.shard.file):
+        return _sealed_members(reading.folder, place, path)
+    kept = open_disk_cache(home() / "samples", reading.disk_mb * 2**20)
+    found = {kind: kept.get(place.sha256(kind)) for kind in MEMBERS}
+    known = {kind: data for kind, data in found.items() if data is not None}
+    if len(known) == len(MEMBERS):
+        return known
+    fetched = _sealed_members(reading.folder, place, path)
+    for kind, data in fetched.items():
+        kept.put(place.sha256(kind), data)
+    return fetched
+
+
+def _sealed_members(folder: Path, place: Place, path: str) -> dict[str, bytes]:
+    spans = {"mp4": place.mp4, "json": place.json}
+    start = min(offset for offset, _ in spans.values())
+    end = max(offset + size for offset, size in spans.values())
+    # Members adjoin, with a header and padding between them: one request.  A stranger's index may say otherwise.
+    together = end - start <= sum(size for _, size in spans.values()) + 2 * BLOCK
+    both = read_range(folder, place.shard.file, start, end - start) if together else b""
+    members = {}
+    for kind, (offset, size) in spans.items():
+        data = (
+            both[offset - start : offset - start + size]
+            if together
+            else read_range(folder, place.shard.file, offset, size)
+        )
+        if len(data) < size:
+            raise UserError(f"{path}: truncated in {place.key}.{kind}. Copy it again, or cache into a new folder.")
+        if hashlib.sha256(data).hexdigest() != place.sha256(kind):
+            raise UserError(
+                f"{path}: {place.key}.{kind} is not what was sealed (its hash differs). Copy the shard again."
+            )
+        members[kind] = data
+    return members
 
 
 def _check_shape(mp4: bytes, where: str, video: VideoConfig) -> None:
     """Before decoding, so that a stranger's clip cannot fill the memory."""
     facts = probe(mp4, where)
-    found = facts.frames, facts.height, facts.width
-    if found != (video.frames, video.height, video.width) or abs(facts.fps - video.fps) > 0.01:
+    if shape_problem(facts, video):
         raise UserError(
             f"{where}: {facts.frames} frames of {facts.width}x{facts.height} at {facts.fps:g} fps, the recipe wants "
             f"{video.frames} of {video.width}x{video.height} at {video.fps:g}. "

@@ -1,21 +1,27 @@
 """The index of a split: `index/SPLIT.parquet`, one row a sample, with its place in its tar and its hashes.
 
-Every row comes from the tars that the manifest names, so the index can be thrown away at any time.
+Every row comes from the tars that the manifest names, so the index can be thrown away at any time.  Tars of a round
+that is not complete have their rows too: what is data, `Manifest.of` says.  One row group a tar, so that an index of
+any length is read and brought up to date with the rows of one tar in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from afd_data.errors import UserError
 from afd_data.files import atomic_write
+from afd_data.origin import address, whole
+from afd_data.origin_record import index_file
 from afd_data.sample import MEMBERS, SPLITS, Sample, parse_sample
 from afd_data.shards import Shard, read_manifest, read_member, scan_shard
 
 if TYPE_CHECKING:
     import pyarrow
+    import pyarrow.parquet
 
 FROM_SAMPLE = {
     "key": "string",
@@ -54,39 +60,55 @@ def schema() -> pyarrow.Schema:
 
 def index_path(folder: Path, split: str) -> Path:
     """Where the index of a split lies in a cache."""
-    return folder / "index" / f"{split}.parquet"
+    return folder / index_file(split)
 
 
 def read_index(folder: Path, split: str) -> pyarrow.Table:
     """The index of a split, one row a sample in the order of the tars.  Raises UserError when it is not one of ours."""
     import pyarrow
+
+    return pyarrow.concat_tables([schema().empty_table(), *_groups(folder, split)])
+
+
+def index_rows(folder: Path, split: str, columns: Sequence[str]) -> Iterator[dict]:
+    """Some columns of the index, row by row in the order of the tars.  Raises UserError when it is not one of ours."""
+    for group in _groups(folder, split):
+        for batch in group.select(list(columns)).to_batches(max_chunksize=1000):
+            yield from batch.to_pylist()
+
+
+def _groups(folder: Path, split: str) -> Iterator[pyarrow.Table]:
+    """The row groups of an index, each checked: a stranger may have written it.  Raises UserError."""
+    import pyarrow
     import pyarrow.parquet
 
     path = index_path(folder, split)
+    again = "Remove it; it is made again from the tars."
     try:
-        table = pyarrow.parquet.read_table(path)
-        table.validate(full=True)  # a stranger's text need not be UTF-8
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if file.schema_arrow != schema():
+                raise UserError(f"{path}: not an index of this version. {again}")
+            for number in range(file.num_row_groups):
+                group = file.read_row_group(number)
+                group.validate(full=True)  # text need not be UTF-8
+                if any(column.null_count for column in group.columns):
+                    raise UserError(f"{path}: has empty cells, so afd did not write it. {again}")
+                yield group
     except FileNotFoundError:
         raise UserError(
             f"{path}: no index. The same `afd cache-teacher` command makes it again from the tars."
         ) from None
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({error}). Remove it; it is made again from the tars.") from None
-    if table.schema != schema():
-        raise UserError(f"{path}: not an index of this version. Remove it; it is made again from the tars.")
-    if any(column.null_count for column in table.columns):
-        raise UserError(f"{path}: has empty cells, so afd did not write it. Remove it; it is made again from the tars.")
-    return table
+        raise UserError(f"{path}: cannot be read ({error}). {again}") from None
 
 
 def shard_rows(folder: Path, shard: Shard) -> list[dict]:
-    """Index rows of one shard, read from the tar itself.
+    """Index rows of one shard, read from the tar itself, which is fetched where it lies elsewhere.
 
-    Raises UserError when a member's name, JSON, key, split or generation is off.
+    Raises UserError when a member's name, JSON, key, split or generation is off, OSError where it cannot be read.
     """
-    path = folder / shard.file
     rows = []
-    with open(path, "rb") as file:
+    with whole(folder, shard.file) as path, open(path, "rb") as file:
         for entry in scan_shard(path):
             data = {kind: read_member(file, entry, kind) for kind in MEMBERS}
             sample = parse_sample(data["json"], f"{path}: {entry.key}.json")
@@ -102,7 +124,7 @@ def shard_rows(folder: Path, shard: Shard) -> list[dict]:
     return rows
 
 
-def check_sample(sample: Sample, key: str, shard: Shard, path: Path) -> None:
+def check_sample(sample: Sample, key: str, shard: Shard, path: Path | str) -> None:
     """Raises UserError when a JSON member stands under another name, split or generation than its own."""
     found, expected = (sample.key, sample.split, sample.generation), (key, shard.split, shard.generation)
     if found != expected:
@@ -117,26 +139,57 @@ def rebuild_index(folder: Path) -> None:
 
 
 def update_index(folder: Path) -> None:
-    """Bring the index into agreement with the manifest; reads only the tars that it does not know yet."""
+    """Bring the index into agreement with the manifest; reads only the tars that it does not know yet.
+
+    Raises UserError naming the tar that is damaged.
+    """
     import pyarrow
     import pyarrow.parquet
 
     manifest = read_manifest(folder)
-    for split in manifest.samples():
-        try:
-            known = read_index(folder, split).to_pylist()
-        except UserError:
-            known = []
-        by_shard: dict[str, list[dict]] = {}
-        for row in known:
-            by_shard.setdefault(row["shard"], []).append(row)
-        rows, changed = [], False
-        for shard in manifest.of(split):
-            mine = by_shard.pop(shard.file, [])
-            if len(mine) != shard.samples:
-                mine, changed = shard_rows(folder, shard), True
-            rows += mine
-        if changed or by_shard:
-            index_path(folder, split).parent.mkdir(exist_ok=True)
-            with atomic_write(index_path(folder, split)) as file:
-                pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema()), file)
+    for split in SPLITS:
+        shards = [shard for shard in manifest.shards if shard.split == split]
+        known = _known_groups(folder, split)
+        wanted = [(shard.file, shard.samples) for shard in shards]
+        path = index_path(folder, split)
+        if not shards:
+            path.unlink(missing_ok=True)
+            continue
+        if [(file, rows) for file, (_, rows) in known.items()] == wanted:
+            continue
+        path.parent.mkdir(exist_ok=True)
+        old = pyarrow.parquet.ParquetFile(path) if known else None
+        with atomic_write(path) as file, pyarrow.parquet.ParquetWriter(file, schema()) as writer:
+            for shard in shards:
+                number, rows = known.get(shard.file, (0, -1))
+                if old is not None and rows == shard.samples:
+                    table = old.read_row_group(number)
+                else:
+                    table = pyarrow.Table.from_pylist(_rows(folder, shard), schema())
+                writer.write_table(table, row_group_size=max(1, table.num_rows))
+        if old is not None:
+            old.close()
+
+
+def _rows(folder: Path, shard: Shard) -> list[dict]:
+    try:
+        return shard_rows(folder, shard)
+    except OSError as error:
+        where = address(folder, shard.file)
+        raise UserError(
+            f"{where}: cannot be read ({error.strerror}). Restore it, or cache into a new folder."
+        ) from None
+
+
+def _known_groups(folder: Path, split: str) -> dict[str, tuple[int, int]]:
+    """Number and rows of each tar's row group in an index; {} where that cannot be used, or was made otherwise."""
+    known: dict[str, tuple[int, int]] = {}
+    try:
+        for number, group in enumerate(_groups(folder, split)):
+            files = group.column("shard").unique().to_pylist()
+            if len(files) != 1 or files[0] in known:
+                return {}
+            known[files[0]] = number, group.num_rows
+    except UserError:
+        return {}
+    return known

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from afd_data.config import DataConfig, VideoConfig
@@ -74,23 +75,21 @@ def fingerprint(prompt: str, identity: Identity, video: VideoConfig, seed: int, 
     return hashlib.sha256(canonical_json(request).encode()).hexdigest()
 
 
-def plan_samples(recipe: DataConfig, prompts: list[Prompt], identity: Identity, generation: int = 0) -> list[Planned]:
+def plan_samples(
+    recipe: DataConfig, prompts: Iterable[Prompt], identity: Identity, generation: int = 0
+) -> Iterator[Planned]:
     """All samples of a recipe, in the order of the prompts; several takes of a prompt stand together."""
-    planned = []
     for prompt in prompts:
         takes = recipe.cache.takes if prompt.split == "train" else recipe.cache.eval_takes
         for take in range(takes):
             seed = request_seed(recipe.seed, prompt.id, take, generation)
-            planned.append(
-                Planned(
-                    key=sample_key(prompt.id, take),
-                    generation=generation,
-                    split=prompt.split,
-                    prompt_id=prompt.id,
-                    prompt=prompt.text,
-                    take=take,
-                    seed=seed,
-                    fingerprint=fingerprint(prompt.text, identity, recipe.video, seed, take, generation),
-                )
+            yield Planned(
+                key=sample_key(prompt.id, take),
+                generation=generation,
+                split=prompt.split,
+                prompt_id=prompt.id,
+                prompt=prompt.text,
+                take=take,
+                seed=seed,
+                fingerprint=fingerprint(prompt.text, identity, recipe.video, seed, take, generation),
             )
-    return planned

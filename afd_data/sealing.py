@@ -3,21 +3,26 @@
 A sample is decided when every earlier one has come to an end.  Therefore it depends on the plan alone, and not on which
 request was quicker, which of two twins stays and which samples share a shard.
 The order on disk: tar, manifest, journal, and only then is the spool emptied; `Sealer.recover` finishes what a crash
-left between any two of them.
+left between any two of them.  A refresh round becomes data when all of it has come to an end, by the manifest's
+`generation`.  Where the cache has an origin, everything is sent there after that, and the tar dropped here.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 from afd_data.acceptance import Hashes, is_twin
 from afd_data.config import CacheConfig
 from afd_data.errors import UserError
 from afd_data.files import PART
-from afd_data.journal import Journal, Row
+from afd_data.index import update_index
+from afd_data.journal import Journal, Round, Row
+from afd_data.origin import address, publish, sizes, whole
+from afd_data.origin_record import read_origin
+from afd_data.pruning import remove_pruned
 from afd_data.shards import (
-    SHARD_FILE,
     Manifest,
     describe_shard,
     read_manifest,
@@ -54,6 +59,7 @@ class Sealer:
         query = "SELECT id, perceptual_hash FROM samples WHERE state = 'sealed' ORDER BY id"
         for sample_id, perceptual_hash in self._journal.select(query):
             self._hashes.add(sample_id, perceptual_hash)
+        self._publish()
 
     def _empty_spool(self) -> None:
         """Remove spooled files whose sample has been sealed or turned down."""
@@ -67,21 +73,26 @@ class Sealer:
         self.manifest = read_manifest(self.folder)
         for part in self.folder.glob(f"data/*/*{PART}"):
             part.unlink()
-        known = {shard.file for shard in self.manifest.shards}
-        for file in known:
-            if not (self.folder / file).exists():
-                raise UserError(f"{self.folder / file}: named in the manifest and gone. Put it back. {ELSEWHERE}")
+        remove_pruned(self.folder, self.manifest)
+        known = {shard.file: shard.bytes for shard in self.manifest.shards}
+        elsewhere = sizes(self.folder)
+        for file, size in known.items():
+            if not (self.folder / file).exists() and elsewhere.get(file) != size:
+                raise UserError(
+                    f"{address(self.folder, file)}: named in the manifest and gone. Put it back. {ELSEWHERE}"
+                )
         for path in sorted(self.folder.glob("data/*/*.tar")):
             file = path.relative_to(self.folder).as_posix()
             if file not in known:
-                self._check_ours(path)
-                self.manifest = self.manifest.with_shard(describe_shard(self.folder, file))
+                shard = describe_shard(self.folder, file)
+                self._check_ours(path, shard.generation)
+                self.manifest = self.manifest.with_shard(shard)
                 write_manifest(self.folder, self.manifest)
 
-    def _check_ours(self, path: Path) -> None:
+    def _check_ours(self, path: Path, generation: int) -> None:
         for entry in scan_shard(path):
-            found = self._journal.select("SELECT state FROM samples WHERE key = ?", (entry.key,))
-            if ("spooled",) not in found:
+            query = "SELECT state FROM samples WHERE (generation, key) = (?, ?)"
+            if self._journal.select(query, (generation, entry.key)) != [("spooled",)]:
                 raise UserError(
                     f"{path}: the manifest does not name it, and {entry.key!r} is not waiting to be sealed. "
                     f"Move it out of the cache."
@@ -93,7 +104,9 @@ class Sealer:
         for shard in self.manifest.shards:
             if heard.pop(shard.file, 0) == shard.samples:
                 continue
-            for entry in scan_shard(self.folder / shard.file):
+            with whole(self.folder, shard.file) as path:
+                entries = scan_shard(path)
+            for entry in entries:
                 found = self._journal.select(
                     "SELECT id, state FROM samples WHERE generation = ? AND key = ?", (shard.generation, entry.key)
                 )
@@ -104,6 +117,8 @@ class Sealer:
                     )
                 if found[0][1] != "sealed":
                     self._journal.move(found[0][0], "sealed", shard=shard.file)
+        for shard in self.manifest.pruned:
+            heard.pop(shard.file, None)
         if heard:
             raise UserError(
                 f"{self.folder}: the journal knows of {next(iter(heard))}, the manifest does not. "
@@ -123,9 +138,25 @@ class Sealer:
                 self._take(row)
 
     def finish(self) -> None:
-        """Seal what has been decided, full shard or not."""
+        """Seal what has been decided, full shard or not; the newest round is data when all of it has come to an end."""
         for split, generation in sorted(self._taken):
             self._seal(split, generation)
+        rounds = self._journal.rounds()
+        if rounds and is_over(self._journal, rounds[-1].generation):
+            self._complete(rounds[-1])
+
+    def _complete(self, newest: Round) -> None:
+        if self.manifest.generation < newest.generation:
+            self.manifest = replace(self.manifest, generation=newest.generation)
+            write_manifest(self.folder, self.manifest)
+            self._publish()
+        if not newest.finished_at:
+            self._journal.finish_round(newest.generation)
+
+    def _publish(self) -> None:
+        if read_origin(self.folder) is not None:
+            update_index(self.folder)
+            publish(self.folder)
 
     def _reject_twin(self, row: Row) -> bool:
         bits = self._config.near_duplicate
@@ -154,9 +185,7 @@ class Sealer:
         rows = self._taken.pop((split, generation))
         self._taken_bytes.pop((split, generation))
         self._journal.flush()  # what is sealed was durably spooled before
-        number = sum((shard.split, shard.generation) == (split, generation) for shard in self.manifest.shards)
-        file = f"data/{split}/g{generation:04d}-{number:06d}.tar"
-        assert SHARD_FILE.fullmatch(file), file
+        file = self.manifest.next_file(split, generation)
         shard = write_shard(self.folder, file, (self._spool.read(row, row.created_at) for row in rows))
         self.manifest = self.manifest.with_shard(shard)
         write_manifest(self.folder, self.manifest)
@@ -165,6 +194,14 @@ class Sealer:
         self._journal.flush()
         for row in rows:
             self._spool.drop((row.generation, row.key))
+        self._publish()
+
+
+def is_over(journal: Journal, generation: int) -> bool:
+    """Whether every sample of a round has come to an end."""
+    states = (*OPEN, "spooled")
+    query = f"SELECT 1 FROM samples WHERE generation = ? AND state IN ({', '.join('?' * len(states))}) LIMIT 1"
+    return not journal.select(query, (generation, *states))
 
 
 ELSEWHERE = "Or cache into another folder with --set out=FOLDER."

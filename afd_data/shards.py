@@ -19,7 +19,7 @@ from afd_data.errors import UserError
 from afd_data.files import atomic_write, file_sha256, fsync
 from afd_data.sample import KEY, MEMBERS, SPLITS, check_types
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 MANIFEST = "manifest.json"
 SHARD_FILE = re.compile(rf"data/({'|'.join(SPLITS)})/g(\d{{4}})-(\d{{6}})\.tar")
 MEMBER_NAME = re.compile(rf"({KEY.pattern})\.({'|'.join(MEMBERS)})")
@@ -43,14 +43,20 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All shards, in the order in which they were sealed; `generation` is the newest round."""
+    """All shards, in the order in which they were sealed; `generation` is the newest complete round.
+
+    Shards of a later round are sealed but no data yet, so that nobody ever reads half a round.  `pruned` names tars
+    that were taken away, and whose names are not given again.
+    """
 
     generation: int = 0
     shards: tuple[Shard, ...] = ()
+    pruned: tuple[Shard, ...] = ()
 
-    def of(self, split: str) -> list[Shard]:
-        """Shards of one split."""
-        return [shard for shard in self.shards if shard.split == split]
+    def of(self, split: str, generation: int | None = None) -> list[Shard]:
+        """Shards of one split, of all rounds up to `generation` (the newest complete one)."""
+        newest = self.generation if generation is None else generation
+        return [shard for shard in self.shards if shard.split == split and shard.generation <= newest]
 
     def samples(self) -> dict[str, int]:
         """Samples per split; splits without samples are left out."""
@@ -59,7 +65,19 @@ class Manifest:
 
     def with_shard(self, shard: Shard) -> Manifest:
         """The manifest after one more shard."""
-        return replace(self, generation=max(self.generation, shard.generation), shards=(*self.shards, shard))
+        return replace(self, shards=(*self.shards, shard))
+
+    def without(self, gone: Iterable[Shard]) -> Manifest:
+        """The manifest after shards were pruned."""
+        gone = set(gone)
+        left = tuple(shard for shard in self.shards if shard not in gone)
+        return replace(self, shards=left, pruned=(*self.pruned, *(shard for shard in self.shards if shard in gone)))
+
+    def next_file(self, split: str, generation: int) -> str:
+        """A name for a new shard that no shard has had."""
+        names = [SHARD_FILE.fullmatch(shard.file) for shard in (*self.shards, *self.pruned)]
+        numbers = [int(name[3]) for name in names if name and (name[1], int(name[2])) == (split, generation)]
+        return f"data/{split}/g{generation:04d}-{max(numbers, default=-1) + 1:06d}.tar"
 
 
 @dataclass(frozen=True)
@@ -93,19 +111,24 @@ def read_manifest(folder: Path) -> Manifest:
         record = json.loads(path.read_bytes())
         version = record["version"]
         if version != MANIFEST_VERSION:
-            raise UserError(f"{path}: manifest version {version!r}, this afd reads {MANIFEST_VERSION}")
-        manifest = Manifest(record["generation"], tuple(Shard(**shard) for shard in record["shards"]))
-        for checked in (manifest, *manifest.shards):
+            raise UserError(
+                f"{path}: manifest version {version!r}, this afd reads {MANIFEST_VERSION}. "
+                f"`afd cache migrate {folder}` brings an older cache up to it."
+            )
+        lists = (tuple(Shard(**shard) for shard in record[name]) for name in ("shards", "pruned"))
+        manifest = Manifest(record["generation"], *lists)
+        for checked in (manifest, *manifest.shards, *manifest.pruned):
             check_types(checked)
     except UserError:
         raise
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a manifest of afd ({type(error).__name__}: {error})") from None
-    for shard in manifest.shards:
+    named = (*manifest.shards, *manifest.pruned)
+    for shard in named:
         match = SHARD_FILE.fullmatch(shard.file)
         if match is None or (match[1], int(match[2])) != (shard.split, shard.generation):
             raise UserError(f"{path}: {shard.file!r} is not the name of a shard of {shard.split!r}")
-    if len({shard.file for shard in manifest.shards}) < len(manifest.shards):
+    if len({shard.file for shard in named}) < len(named):
         raise UserError(f"{path}: names a shard twice")
     return manifest
 
@@ -117,6 +140,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "generation": manifest.generation,
         "splits": manifest.samples(),
         "shards": [asdict(shard) for shard in manifest.shards],
+        "pruned": [asdict(shard) for shard in manifest.pruned],
     }
     with atomic_write(folder / MANIFEST) as file:
         file.write(json.dumps(record, indent=1).encode() + b"\n")

@@ -19,10 +19,12 @@ from afd_data.cache import Summary, cache_teacher
 from afd_data.config import CacheConfig, DataConfig, PlaygroundConfig, PromptsConfig, VideoConfig
 from afd_data.errors import UserError
 from afd_data.index import index_path, read_index, rebuild_index, schema
-from afd_data.inspection import inspect, open_journal, status, verify
+from afd_data.inspection import inspect, verify
+from afd_data.journal import open_journal
 from afd_data.prompts import Prompt
 from afd_data.shards import read_manifest
-from afd_data.teachers import Delivery, FailedError, Identity, RefusedError, Teacher, open_teacher
+from afd_data.status import status
+from afd_data.teachers import Delivery, FailedError, Free, Identity, RefusedError, Teacher, open_teacher
 from afd_data.video import write_mp4
 
 VIDEO = VideoConfig(lossless=True)
@@ -63,7 +65,7 @@ def members(folder: Path) -> set[tuple[str, str, str]]:
     }
 
 
-class Drawn:
+class Drawn(Free):
     """A teacher that does what the prompt says, to see what becomes of it."""
 
     identity = Identity("drawn", "1", {})
@@ -80,9 +82,6 @@ class Drawn:
         if request.prompt == "refuse":
             raise RefusedError("not allowed here")
         return request.fingerprint
-
-    def poll(self, job_id):
-        return "ready"
 
     def fetch(self, job_id, request, target):
         word = request.prompt.split()[0]
@@ -138,6 +137,7 @@ def test_nothing_but_the_contract_is_left_in_the_folder(tmp_path):
     assert files == [
         ".lock",
         "README.md",
+        "contact-sheet.png",
         "data/test/g0000-000000.tar",
         "data/train/g0000-000000.tar",
         "index/test.parquet",

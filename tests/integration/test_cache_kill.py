@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from afd_data.index import read_index
-from afd_data.inspection import open_journal, verify
+from afd_data.inspection import verify
+from afd_data.journal import open_journal
 from afd_data.shards import read_manifest
 
 CACHE = """
@@ -143,13 +144,13 @@ import numpy as np
 from afd_data.cache import cache_teacher
 from afd_data.config import CacheConfig, DataConfig, PlaygroundConfig, PromptsConfig, VideoConfig
 from afd_data.prompts import Prompt
-from afd_data.teachers import Delivery, Identity
+from afd_data.teachers import Delivery, Free, Identity, Progress
 from afd_data.video import write_mp4
 
 folder, accepted, dies_in = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 
 
-class Paid:
+class Paid(Free):
     identity = Identity("paid", "1", {}, paid=True)
 
     def prompts(self):
@@ -168,7 +169,7 @@ class Paid:
     def poll(self, job_id):
         if job_id.endswith("second"):
             self.dies("poll", None)
-        return "ready"
+        return Progress("ready")
 
     def fetch(self, job_id, request, target):
         assert job_id == f"job-of-{request.prompt}"

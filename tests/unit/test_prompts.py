@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import random
+import shutil
 from pathlib import Path
 
 import pyarrow
@@ -14,7 +15,7 @@ import pytest
 
 from afd_data.config import FolderConfig, PromptsConfig
 from afd_data.errors import UserError
-from afd_data.prompts import Prompt, find_leaks, load_prompts, normalise
+from afd_data.prompts import Prompt, find_leaks, known_splits, load_prompts, normalise
 from afd_data.teachers.folder import Folder
 
 TEXTS = [f"Scene {number}: a ball of kind {number * 7} rolls {number} times" for number in range(40)]
@@ -178,3 +179,66 @@ def test_a_test_source_that_is_too_small_is_the_one_named(tmp_path: Path) -> Non
 def test_too_few_prompts_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"2 prompts in p\.txt are too few: validation 1 and test 1 leave 0"):
         load(txt(tmp_path, ["one ball", "two balls"]), validation=1, test=1)
+
+
+# A source that grows
+
+
+def known_of(prompts: list[Prompt]) -> dict[str, str]:
+    return {prompt.id: prompt.split for prompt in prompts}
+
+
+def test_prompts_that_a_cache_holds_keep_their_split_when_the_source_grows(tmp_path: Path) -> None:
+    before = load(txt(tmp_path), test=5, validation=4)
+    grown = [*TEXTS, *(f"A new prompt about thing {n} and its {n * 3} friends" for n in range(60))]
+    after = load_grown(tmp_path, grown, known_of(before), test=5, validation=4)
+    kept = {prompt.id: prompt.split for prompt in after if prompt.text in TEXTS}
+    assert kept == known_of(before)
+    assert {prompt.split for prompt in after if prompt.text not in TEXTS} == {"train"}  # no place is free
+
+
+def load_grown(folder: Path, texts: list[str], known: dict[str, str], **settings: object) -> list[Prompt]:
+    txt(folder, texts)
+    return load_prompts(PromptsConfig(**({"source": "p.txt"} | settings)), folder, None, known)  # type: ignore[arg-type]
+
+
+def test_free_places_are_filled_from_new_prompts_by_hash(tmp_path: Path) -> None:
+    before = load(txt(tmp_path, TEXTS[:20]), test=2)
+    after = load_grown(tmp_path, TEXTS, known_of(before), test=4)
+    test = [prompt for prompt in after if prompt.split == "test"]
+    assert [prompt.id in known_of(before) for prompt in test].count(True) == 2
+    new = [prompt.text for prompt in load(txt(tmp_path, TEXTS[20:]), test=2) if prompt.split == "test"]
+    assert [prompt.text for prompt in test if prompt.id not in known_of(before)] == new
+
+
+def test_only_new_prompts_can_be_held_out_later(tmp_path: Path) -> None:
+    before = load(txt(tmp_path), test=2)
+    with pytest.raises(UserError, match="Only new prompts can be held out"):
+        load_grown(tmp_path, TEXTS, known_of(before), test=3)
+
+
+def test_a_known_prompt_keeps_its_place_within_the_limit(tmp_path: Path) -> None:
+    before = load(txt(tmp_path, TEXTS[:10]), limit=10)
+    after = load_grown(tmp_path, TEXTS, known_of(before), limit=12)
+    assert len(after) == 12
+    assert known_of(before).keys() <= known_of(after).keys()
+
+
+def test_a_prompt_that_was_trained_on_is_a_leak_when_a_test_source_names_it(tmp_path: Path) -> None:
+    before = load(txt(tmp_path))
+    txt(tmp_path, TEXTS[:1], "t.txt")
+    with pytest.raises(UserError, match="1 evaluation prompts occur in training"):
+        load_grown(tmp_path, TEXTS, known_of(before), test_source="t.txt")
+
+
+def test_the_splits_of_a_cache_are_known_from_journal_parts_and_index(playground_cache: Path, tmp_path: Path) -> None:
+    expected = known_splits(playground_cache)
+    assert sorted(expected.values()) == ["train"] * 12 + ["validation"] * 4
+    (tmp_path / "copy").mkdir()
+    shutil.copytree(playground_cache / "index", tmp_path / "copy" / "index")
+    assert known_splits(tmp_path / "copy") == expected
+    part = tmp_path / "parts" / "0000-of-0001"
+    part.mkdir(parents=True)
+    shutil.copy(playground_cache / "journal.sqlite", part)
+    assert known_splits(tmp_path) == expected
+    assert known_splits(tmp_path / "none") == {}

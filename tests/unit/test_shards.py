@@ -4,12 +4,14 @@ import io
 import json
 import tarfile
 
+import pyarrow.parquet
 import pytest
 from webdataset.compat import WebDataset
 
 from afd_data.errors import UserError
+from afd_data.examples import read_places
 from afd_data.files import file_sha256
-from afd_data.index import read_index, rebuild_index
+from afd_data.index import index_path, index_rows, read_index, rebuild_index, update_index
 from afd_data.sample import SCHEMA_VERSION, Sample, parse_sample
 from afd_data.shards import (
     MANIFEST,
@@ -251,7 +253,7 @@ def test_the_manifest_is_read_back_as_it_was_written(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "manifest version 2"),
+        ({"version": 1}, r"manifest version 1, this afd reads 2.*afd cache migrate"),
         ({"shards": [{}]}, "not a manifest"),
         ({"shards": None}, "not a manifest"),
         ({"file": "../../etc/passwd"}, "is not the name of a shard"),
@@ -281,7 +283,7 @@ def test_a_manifest_cut_off_is_refused(tmp_path):
 
 
 def test_a_generation_that_is_no_number_is_refused(tmp_path):
-    (tmp_path / MANIFEST).write_text('{"version": 1, "generation": "abc", "shards": []}')
+    (tmp_path / MANIFEST).write_text('{"version": 2, "generation": "abc", "shards": [], "pruned": []}')
     with pytest.raises(UserError, match=r"manifest\.json: not a manifest.*generation is str, expected int"):
         read_manifest(tmp_path)
 
@@ -307,6 +309,82 @@ def test_a_sample_that_the_index_cannot_hold_is_refused(changes, message):
     record = json.loads(content("pa-00").json) | changes
     with pytest.raises(UserError, match=message):
         parse_sample(json.dumps(record).encode(), "pa-00.json")
+
+
+def test_a_shard_that_is_also_named_as_pruned_is_refused(tmp_path):
+    shard = sealed(tmp_path, [content("pa-00")])
+    write_manifest(tmp_path, Manifest(shards=(shard,), pruned=(shard,)))
+    with pytest.raises(UserError, match="names a shard twice"):
+        read_manifest(tmp_path)
+
+
+def test_the_name_of_a_pruned_shard_is_not_given_again():
+    pruned = Shard(FILE, "train", 0, 1, 1, EMPTY_SHA256)
+    assert Manifest(pruned=(pruned,)).next_file("train", 0) == "data/train/g0000-000001.tar"
+
+
+def index_of(folder, count: int, last_samples: int = 1) -> list[str]:
+    """A cache of `count` tars with its index; the tar of each row, in order."""
+    manifest = Manifest()
+    for number in range(count):
+        keys = [f"p{number}{letter}-00" for letter in "ab"[: last_samples if number == count - 1 else 1]]
+        file = f"data/train/g0000-{number:06d}.tar"
+        manifest = manifest.with_shard(write_shard(folder, file, [content(key) for key in keys]))
+    write_manifest(folder, manifest)
+    update_index(folder)
+    return read_index(folder, "train")["shard"].to_pylist()
+
+
+def test_the_index_has_a_row_group_for_each_shard(tmp_path):
+    assert len(index_of(tmp_path, 3, last_samples=2)) == 4
+    with pyarrow.parquet.ParquetFile(index_path(tmp_path, "train")) as file:
+        assert [file.metadata.row_group(number).num_rows for number in range(3)] == [1, 1, 2]
+
+
+def test_known_shards_are_not_read_again_for_the_index(tmp_path):
+    index_of(tmp_path, 2)
+    (tmp_path / FILE).unlink()
+    manifest = read_manifest(tmp_path)
+    new = write_shard(tmp_path, "data/train/g0000-000002.tar", [content("pz-00")])
+    write_manifest(tmp_path, manifest.with_shard(new))
+    update_index(tmp_path)
+    assert read_index(tmp_path, "train")["key"].to_pylist() == ["p0a-00", "p1a-00", "pz-00"]
+
+
+def test_a_pruned_shard_leaves_the_index(tmp_path):
+    index_of(tmp_path, 3)
+    manifest = read_manifest(tmp_path)
+    first, *others = manifest.shards
+    write_manifest(tmp_path, Manifest(0, tuple(others), (first,)))
+    update_index(tmp_path)
+    assert read_index(tmp_path, "train")["key"].to_pylist() == ["p1a-00", "p2a-00"]
+
+
+def test_an_index_of_another_layout_is_made_again(tmp_path):
+    index_of(tmp_path, 3)
+    whole = read_index(tmp_path, "train")
+    pyarrow.parquet.write_table(whole, index_path(tmp_path, "train"))  # all rows in one group
+    update_index(tmp_path)
+    assert read_index(tmp_path, "train") == whole
+    with pyarrow.parquet.ParquetFile(index_path(tmp_path, "train")) as file:
+        assert file.num_row_groups == 3
+
+
+def test_a_shard_of_a_round_that_is_not_complete_is_indexed_and_is_no_data(tmp_path):
+    shard = sealed(tmp_path, [content("pa-00")])
+    later = write_shard(tmp_path, "data/train/g0001-000000.tar", [content("pa-00", generation=1)])
+    write_manifest(tmp_path, Manifest(0, (shard, later)))
+    update_index(tmp_path)
+    assert read_index(tmp_path, "train")["generation"].to_pylist() == [0, 1]
+    assert read_places(tmp_path, "train")["pa-00"].shard == shard
+    write_manifest(tmp_path, Manifest(1, (shard, later)))
+    assert read_places(tmp_path, "train")["pa-00"].shard == later
+    assert read_places(tmp_path, "train", generation=0)["pa-00"].shard == shard
+
+
+def test_a_row_of_the_index_that_is_read_in_columns_has_these_only(tmp_path):
+    index_of(tmp_path, 1)
+    assert list(index_rows(tmp_path, "train", ["take", "key"])) == [{"take": 0, "key": "p0a-00"}]
 
 
 def test_the_index_points_at_the_bytes_of_every_member(tmp_path):
