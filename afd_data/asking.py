@@ -1,27 +1,40 @@
 """One sample from the plan to the spool: submit, poll, fetch, check, keep; every step in the journal first.
 
 Runs in worker threads.  What a teacher refuses, fails at or draws badly is a state with a reason, not an exception;
-anything else that a teacher raises is a bug and ends the run, except while a paid one is being asked: whether that
-request was charged cannot be told, so it becomes `unknown`.
+a UserError of the teacher (wrong key) ends the run.  Anything else that a teacher raises is a bug and ends the run,
+except while a paid one is being asked: whether that request was charged cannot be told, so it becomes `unknown`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 
 import numpy as np
 
 from afd_data.acceptance import RejectedError, make_mp4, perceptual_hash, read_and_check, thumbnail
+from afd_data.budget import Budget, Streak
 from afd_data.config import DataConfig
 from afd_data.errors import UserError
 from afd_data.journal import Journal, Row
 from afd_data.plan import canonical_json
 from afd_data.sample import SCHEMA_VERSION, Sample
 from afd_data.spool import Spool
-from afd_data.teachers import Delivery, FailedError, RefusedError, Teacher
+from afd_data.teachers import (
+    Delivery,
+    FailedError,
+    LostError,
+    RefusedError,
+    Teacher,
+    UnknownError,
+    UnreachableError,
+)
 
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.05, 10.0  # between two polls
+log = logging.getLogger(__name__)
+
+FIRST_WAIT_S = 0.5  # between two polls; grows to cache.poll_s
+MAX_REAL = 1e300  # seconds; "for ever" as SQLite can compare it
 
 
 class Asker:
@@ -29,23 +42,54 @@ class Asker:
 
     def __init__(self, recipe: DataConfig, teacher: Teacher, journal: Journal, spool: Spool) -> None:
         self.stop = threading.Event()  # set: ask for nothing more, leave running jobs to the next command
+        self.estimate = teacher.estimate(recipe.video)
+        self.streak = Streak(recipe.cache.stop_after_failures)
+        charged, reserved = journal.spend().get(teacher.identity.currency, (0.0, 0.0))
+        self.budget = Budget(recipe.cache.max_cost, charged + reserved)
         self._recipe = recipe
         self._teacher = teacher
+        self._identity = teacher.identity
         self._journal = journal
         self._spool = spool
 
     def ask(self, row: Row) -> None:
-        """Carry one `planned` or already submitted sample as far as it goes."""
-        if self.stop.is_set() or self._adopt(row):
+        """Carry one `planned` or already submitted sample as far as it goes.
+
+        A planned one must have its estimate reserved in `budget`.
+        """
+        if self.stop.is_set() or self.streak.broken:
+            self._give_back(row)
+            return
+        if self._adopt(row):
             return
         try:
             job_id = self._submit(row) if row.state == "planned" else self._journal.job_id(row.fingerprint)
-            if job_id is not None and self._wait(row, job_id):
+            if self._wait(row, job_id):
                 self._fetch(row, job_id)
         except RefusedError as error:
-            self._journal.move(row.id, "refused", reason=_reason("refused", error))
+            self._end(row, "refused", _reason("refused", error), error.cost)
+            self.streak.succeeded()  # it answers, and it reads what it is sent
         except FailedError as error:
-            self._journal.move(row.id, "failed", reason=_reason("failed", error))
+            self._end(row, "failed", _reason("failed", error), error.cost)
+            self.streak.failed(str(error))
+        except (LostError, UnknownError) as error:
+            word = "lost" if isinstance(error, LostError) else "no answer"
+            if self._identity.paid:  # what it cost stays reserved
+                self._journal.move(row.id, "unknown", reason=_reason(word, error))
+            else:
+                self._end(row, "failed", _reason(word, error), 0.0)
+            self.streak.failed(str(error))
+        except UnreachableError as error:
+            log.warning("%s: left as it is for the next run: %s", row.key, error)
+            self.streak.failed(str(error))
+
+    def _end(self, row: Row, state: str, reason: str, cost: float, **columns: object) -> None:
+        self._journal.move(row.id, state, reason=reason, cost=cost, **columns)
+        self.budget.settle(self.estimate, cost)
+
+    def _give_back(self, row: Row) -> None:
+        if row.state == "planned":
+            self.budget.settle(self.estimate, 0.0)
 
     def _adopt(self, row: Row) -> bool:
         """Take a video that was spooled before a crash and not yet recorded."""
@@ -53,30 +97,33 @@ class Asker:
         if sample is None:
             return False
         try:
-            frames = read_and_check(self._spool.path(row, "mp4"), self._recipe.video, self._recipe.cache.frozen)
+            frames = read_and_check(self._spool.path(row, "mp4"), self._recipe.video, self._recipe.cache)
         except RejectedError:  # damaged since: ask again
             self._spool.drop((row.generation, row.key))
             return False
         if row.state == "planned":
-            self._journal.move(row.id, "intent")
+            self._journal.move(row.id, "intent", estimate=self.estimate, currency=self._identity.currency)
             self._journal.move(row.id, "submitted")
         if row.state != "ready":
             self._journal.move(row.id, "ready")
-        self._record(row, frames, self._spool.path(row, "mp4").stat().st_mtime, sample.cost, sample.currency)
+        self._record(row, sample, frames, self._spool.path(row, "mp4").stat().st_mtime)
         return True
 
-    def _submit(self, row: Row) -> str | None:
-        """The job id; None when the outcome is unknown."""
-        self._journal.move(row.id, "intent")
+    def _submit(self, row: Row) -> str:
+        """The job id.  Raises as the teacher does; whatever else it raises is UnknownError if it is a paid one."""
+        self._journal.move(row.id, "intent", estimate=self.estimate, currency=self._identity.currency)
         try:
             job_id = self._teacher.submit(row.request(self._recipe.video))
-        except (RefusedError, FailedError):
+        except (RefusedError, FailedError, UnknownError):
+            raise
+        except UserError:  # it takes no orders, so it took none
+            self._journal.move(row.id, "planned")
+            self._give_back(row)
             raise
         except Exception as error:
-            if not self._teacher.identity.paid:
+            if not self._identity.paid:
                 raise
-            self._journal.move(row.id, "unknown", reason=_reason("no answer", error))
-            return None
+            raise UnknownError(f"{type(error).__name__}: {error}") from error
         self._journal.move(row.id, "submitted", job_id=job_id)
         return job_id
 
@@ -84,48 +131,44 @@ class Asker:
         """Poll until the video is ready; False when the run is told to stop first."""
         if row.state == "ready":
             return True
-        wait_s, running = FIRST_WAIT_S, row.state == "running"
-        while self._teacher.poll(job_id) == "running":
-            if not running:
+        longest_s = self._recipe.cache.poll_s
+        wait_s, running = min(FIRST_WAIT_S, longest_s), row.state == "running"
+        while (progress := self._teacher.poll(job_id)).state != "ready":
+            if progress.state == "running" and not running:
                 self._journal.move(row.id, "running")
                 running = True
             if self.stop.wait(wait_s):
                 return False
-            wait_s = min(1.5 * wait_s, LONGEST_WAIT_S)
-        self._journal.move(row.id, "ready")
+            wait_s = min(1.5 * wait_s, longest_s)
+        self._journal.move(row.id, "ready", fetch_before=min(progress.fetch_before, MAX_REAL))
         return True
 
     def _fetch(self, row: Row, job_id: str) -> None:
         video, draft = self._recipe.video, self._spool.path(row, "part.mp4")
         delivery = Delivery()
         try:
-            try:
-                delivery = self._teacher.fetch(job_id, row.request(video), draft)
-            except UserError as error:  # a source that the teacher cannot read
-                raise RejectedError(f"undecodable: {error}") from None
-            frames = read_and_check(draft, video, self._recipe.cache.frozen)
+            delivery = self._teacher.fetch(job_id, row.request(video), draft)
+            frames = read_and_check(draft, video, self._recipe.cache)
         except RejectedError as error:
             draft.unlink(missing_ok=True)
-            self._journal.move(row.id, "rejected", reason=str(error), cost=delivery.cost, currency=delivery.currency)
+            self._end(row, "rejected", str(error), self._cost(delivery))
             return
-        make_mp4(draft, frames, video)
-        created_at = self._spool.keep(row, self._sample(row, delivery, frames))
-        self._record(row, frames, created_at, delivery.cost, delivery.currency)
+        make_mp4(draft, frames, video, self._recipe.cache.audio)
+        sample = self._sample(row, delivery, frames)
+        self._record(row, sample, frames, self._spool.keep(row, sample))
+        self.streak.succeeded()
 
-    def _record(self, row: Row, frames: np.ndarray, created_at: float, cost: float, currency: str) -> None:
-        self._journal.move(
-            row.id,
-            "spooled",
-            perceptual_hash=perceptual_hash(frames),
-            thumbnail=thumbnail(frames),
-            created_at=created_at,
-            cost=cost,
-            currency=currency,
-        )
+    def _cost(self, delivery: Delivery) -> float:
+        return self.estimate if delivery.cost is None else float(delivery.cost)
+
+    def _record(self, row: Row, sample: Sample, frames: np.ndarray, created_at: float) -> None:
+        looks = {"perceptual_hash": sample.perceptual_hash, "thumbnail": thumbnail(frames)}
+        self._end(row, "spooled", "", sample.cost, created_at=created_at, **looks)
 
     def _sample(self, row: Row, delivery: Delivery, frames: np.ndarray) -> Sample:
-        identity, video = self._teacher.identity, self._recipe.video
+        identity, video = self._identity, self._recipe.video
         mp4 = self._spool.path(row, "part.mp4").read_bytes()
+        terms = {"terms_url": identity.terms_url} if identity.terms_url else {}
         return Sample(
             schema_version=SCHEMA_VERSION,
             key=row.key,
@@ -140,12 +183,12 @@ class Asker:
             teacher_version=identity.version,
             requested_json=canonical_json({"settings": identity.settings, "video": video.model_dump()}),
             effective_json=canonical_json(delivery.effective),
-            provenance_json=canonical_json(delivery.provenance),
+            provenance_json=canonical_json(delivery.provenance | terms),
             world_json=canonical_json(delivery.world),
             licence=identity.licence,
             distillation=identity.distillation,
-            cost=float(delivery.cost),
-            currency=delivery.currency,
+            cost=self._cost(delivery),
+            currency=identity.currency,
             width=video.width,
             height=video.height,
             frames=video.frames,

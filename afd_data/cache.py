@@ -26,6 +26,7 @@ from afd_data.planning import plan_round
 from afd_data.prompts import Prompt
 from afd_data.pruning import prune_held
 from afd_data.sealing import Sealer
+from afd_data.shards import read_manifest
 from afd_data.spool import Spool
 from afd_data.states import IN_FLIGHT, LOST
 from afd_data.teachers import Teacher
@@ -78,56 +79,53 @@ def cache_teacher(
     Raises UserError: another writer, a cache of another recipe, no room on the disk; KeyboardInterrupt after a clean
     stop on Ctrl-C.  Whatever ends it, the same call goes on from there.
     """
-    check_parts(folder, partition)
     own = folder if partition is None else partition.folder(folder)
+    share = recipe if partition is None else partition.share_of(recipe, folder)
     own.mkdir(parents=True, exist_ok=True)
     with one_writer(own / LOCK, f"cache {own}"), _room_errors(own):
-        if recipe.cache.storage and partition is None:
-            set_origin(own, recipe.cache.storage)
+        check_parts(folder, partition)
+        if share.cache.storage:
+            set_origin(own, share.cache.storage)
         patience_s = 0.0 if teacher.identity.paid else COMMIT_EVERY_S
         journal = Journal(own / JOURNAL, patience_s=patience_s, mode=recipe.cache.journal)
         try:
-            if partition is not None:
-                recipe = partition.share_of(recipe)
-            return _fill(recipe, prompts, own, teacher, journal, progress, refresh, partition)
+            spool = Spool(own / "spool")
+            sealer = Sealer(own, journal, spool, share.cache)
+            sealer.recover()
+            recover_requests(journal, spool, teacher.identity.paid)
+            for _ in range(2):  # a round that is going on is finished before the one that was asked for
+                more = plan_round(recipe, prompts, teacher.identity, journal, sealer, refresh, partition)
+                _do(Asker(share, teacher, journal, spool), journal, sealer, share.cache.workers, progress)
+                if not more:
+                    break
+            if refresh and partition is None:
+                _prune(own, sealer, recipe.refresh.keep_generations)
+            return summarise(own, journal, sealer)
         finally:
             journal.close()
 
 
-def _fill(
-    recipe: DataConfig,
-    prompts: list[Prompt],
-    folder: Path,
-    teacher: Teacher,
-    journal: Journal,
-    progress: bool,
-    refresh: bool,
-    partition: Partition | None,
-) -> Summary:
-    spool = Spool(folder / "spool")
-    sealer = Sealer(folder, journal, spool, recipe.cache)
-    sealer.recover()
-    recover_requests(journal, spool, teacher.identity.paid)
-    for _ in range(2):  # a round that is going on is finished before the one that was asked for
-        more = plan_round(recipe, prompts, teacher.identity, journal, sealer, refresh, partition)
-        try:
-            ask_all(Asker(recipe, teacher, journal, spool), journal, sealer, recipe.cache.workers, progress)
-        except UserError:
-            _finish(folder, sealer)  # what was paid for so far can be trained on
-            raise
-        _finish(folder, sealer)
-        if not more:
-            break
-    if refresh and partition is None:
-        prune_held(folder, recipe.refresh.keep_generations)
-    return summarise(folder, journal, sealer)
+def _do(asker: Asker, journal: Journal, sealer: Sealer, workers: int, progress: bool) -> None:
+    try:
+        ask_all(asker, journal, sealer, workers, progress)
+    except UserError:
+        _finish(sealer)  # what was paid for so far can be trained on
+        raise
+    _finish(sealer)
 
 
-def _finish(folder: Path, sealer: Sealer) -> None:
+def _finish(sealer: Sealer) -> None:
     sealer.finish()
-    update_index(folder)
-    write_card(folder)
-    publish(folder)
+    update_index(sealer.folder)
+    write_card(sealer.folder)
+    publish(sealer.folder)
+
+
+def _prune(folder: Path, sealer: Sealer, keep_generations: int) -> None:
+    if prune_held(folder, keep_generations):
+        sealer.manifest = read_manifest(folder)
+        write_card(folder)
+        publish(folder)
 
 
 def summarise(folder: Path, journal: Journal, sealer: Sealer) -> Summary:
@@ -144,20 +142,16 @@ def summarise(folder: Path, journal: Journal, sealer: Sealer) -> Summary:
 
 
 def recover_requests(journal: Journal, spool: Spool, paid: bool) -> None:
-    """Decide about requests that failed or that a crash cut off; those with a job id go on with their job.
+    """Decide about requests that a crash cut off; those with a job id go on with their job.
 
-    Without one, free requests are asked again, and paid ones whose answer is not known become `unknown`.  What failed
-    is asked again if it cost nothing: of a free teacher, or never taken.  Raises UserError when a paid video is gone
-    from the spool.
+    Without one, free requests are asked again, and paid ones whose answer is not known become `unknown`.
+    Raises UserError when a paid video is gone from the spool.
     """
-    for row in journal.rows(states=(*IN_FLIGHT, "failed", "spooled")):
+    for row in journal.rows(states=(*IN_FLIGHT, "spooled")):
         if row.state == "spooled":
             if spool.find(row) is None:
                 if paid:
                     raise UserError(f"{spool.path(row, 'mp4')}: was paid for, spooled, and is gone. Put it back.")
-                journal.move(row.id, "planned")
-        elif row.state == "failed":
-            if not paid or not journal.job_id(row.fingerprint):
                 journal.move(row.id, "planned")
         elif row.state == "intent" and paid:
             journal.move(row.id, "unknown", reason="no answer: the run ended between the request and its answer")

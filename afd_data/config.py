@@ -32,8 +32,8 @@ class VideoConfig(Config):
 class PromptsConfig(Config):
     """Where prompts come from and how they are split.
 
-    Held out are the first by the hash of their text: their order in the source does not matter, but an added prompt
-    can take the place of one that was held out.
+    Held out are the first by the hash of their text, so that their order in the source does not matter.  What a cache
+    holds keeps its split when the source grows; new prompts are held out only where places are free.
     """
 
     source: str = Field(
@@ -67,6 +67,9 @@ TeacherConfig = Annotated[
     | RunwayConfig,
     Field(discriminator="name"),
 ]
+
+
+BRING_PROMPTS = ("folder", "hub")  # teachers whose captions are prompts
 
 
 class CacheConfig(Config):
@@ -120,7 +123,10 @@ class CacheConfig(Config):
 
 
 class RefreshConfig(Config):
-    """Which training videos a refresh asks for again, and when; every round is a new generation beside the old."""
+    """Which training videos a refresh asks for again, and when; every round is a new generation beside the old.
+
+    Validation and test videos stay what they are, so that results of different rounds can be compared.
+    """
 
     older_than_days: float | None = Field(default=None, ge=0, description="videos older than this are due")
     fraction: float = Field(default=0.0, ge=0, le=1, description="share of the videos due in a round, the oldest first")
@@ -188,9 +194,9 @@ class DataConfig(Config):
 
     @model_validator(mode="after")
     def _prompts_fit_the_teacher(self) -> DataConfig:
-        if self.prompts.source == "teacher" and self.teacher.name == "playground":
+        if self.prompts.source == "teacher" and self.teacher.name not in BRING_PROMPTS:
             raise ValueError(
-                "prompts.source: the playground has no prompts of its own; name a file, "
-                "for example `prompts/playground-one-ball.txt`"
+                f"prompts.source: {self.teacher.name} has no prompts of its own; name a file of them, "
+                "for example --set prompts.source=prompts.txt"
             )
         return self

@@ -119,7 +119,7 @@ def verify(folder: Path) -> list[str]:
     tars = {path.relative_to(folder).as_posix() for path in folder.glob("data/*/*.tar")}
     problems += [f"{folder / file}: not named in the manifest" for file in sorted(tars - named)]
     if (folder / JOURNAL).exists():
-        problems += _journal_problems(folder, rows)
+        problems += _journal_problems(folder, rows, {shard.file for shard in manifest.pruned})
     return problems
 
 
@@ -197,7 +197,7 @@ def _row_problems(split: str, known: list[dict], found: list[dict]) -> list[str]
     return problems
 
 
-def _journal_problems(folder: Path, rows: dict[str, pyarrow.Table]) -> list[str]:
+def _journal_problems(folder: Path, rows: dict[str, pyarrow.Table], pruned: set[str]) -> list[str]:
     """Whether the journal counts the same samples as sealed, from the same requests."""
     try:
         journal = open_journal(folder)
@@ -210,5 +210,6 @@ def _journal_problems(folder: Path, rows: dict[str, pyarrow.Table]) -> list[str]
     finally:
         journal.close()
     found = {name for table in rows.values() for name in _columns(table, "shard", "key", "fingerprint")}
+    sealed = {row for row in sealed if row[0] not in pruned}
     problems = [f"{file}: {key} is sealed, but not by the journal" for file, key, _ in sorted(found - sealed)]
     return problems + [f"journal: {key} is not in {file} as it was sealed" for file, key, _ in sorted(sealed - found)]

@@ -1,9 +1,10 @@
 """The truth about requests: an SQLite file that knows what was asked, what came of it, and what may be asked next.
 
-One row a sample (`samples`; its `id` is the order of the plan) and one row an attempt (`requests`).  States change in
-`Journal.move` alone, by the one table of `states`.  An intent is recorded before a request and the job id right
-after it; with `patience_s=0` (paid teachers) every record is on disk before `move` returns, otherwise records are
-committed together a few times a second, as asking a free teacher again costs nothing.
+One row a sample (`samples`; its `id` is the order of the plan), one row an attempt (`requests`), one a refresh round
+(`rounds`).  States change in `Journal.move` alone, by the one table of `states`.  An intent is recorded before a
+request and the job id right after it; with `patience_s=0` (paid teachers) every record is on disk before `move`
+returns, otherwise records are committed together a few times a second, as asking a free teacher again costs nothing.
+An attempt's cost goes from estimate (reserved, `cost` is NULL) to what was charged.
 Knows nothing of videos, tars or teachers.
 """
 
@@ -19,28 +20,14 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 from afd_data.errors import UserError
+from afd_data.journal_file import Mode, connect
 from afd_data.plan import Planned
-from afd_data.states import OPEN, TRANSITIONS, check_transition
+from afd_data.states import IN_FLIGHT, OPEN, TRANSITIONS, check_transition
 
-SCHEMA_VERSION = 1
-
-SCHEMA = f"""
-CREATE TABLE facts (name TEXT PRIMARY KEY, value_json TEXT NOT NULL);
-CREATE TABLE samples (
-    id INTEGER PRIMARY KEY, key TEXT NOT NULL, generation INTEGER NOT NULL, split TEXT NOT NULL,
-    prompt_id TEXT NOT NULL, prompt TEXT NOT NULL, take INTEGER NOT NULL, seed INTEGER NOT NULL,
-    fingerprint TEXT NOT NULL UNIQUE, state TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '',
-    shard TEXT NOT NULL DEFAULT '', perceptual_hash TEXT NOT NULL DEFAULT '', thumbnail BLOB NOT NULL DEFAULT x'',
-    created_at REAL NOT NULL DEFAULT 0.0,
-    UNIQUE (generation, key));
-CREATE INDEX samples_by_state ON samples (state, id);
-CREATE TABLE requests (
-    id INTEGER PRIMARY KEY, fingerprint TEXT NOT NULL, job_id TEXT NOT NULL DEFAULT '', state TEXT NOT NULL,
-    intent_at REAL NOT NULL, submitted_at REAL NOT NULL DEFAULT 0.0, ended_at REAL NOT NULL DEFAULT 0.0,
-    cost REAL NOT NULL DEFAULT 0.0, currency TEXT NOT NULL DEFAULT '', reason TEXT NOT NULL DEFAULT '');
-CREATE INDEX requests_by_fingerprint ON requests (fingerprint);
-PRAGMA user_version = {SCHEMA_VERSION};
-"""
+JOURNAL = "journal.sqlite"  # in the folder of a cache
+LOCK = ".lock"  # held by the process that writes there
+PLANNED = "planned"  # the fact that says what `Journal.plan` was told last
+ATTEMPT = ("job_id", "fetch_before", "estimate", "cost", "currency")  # columns of `requests` that `move` takes
 
 
 @dataclass(frozen=True)
@@ -55,6 +42,17 @@ class Row(Planned):
     created_at: float  # seconds since 1970; 0.0 until there is a video
 
 
+@dataclass(frozen=True)
+class Round:
+    """A refresh round: `facts` are what its fingerprints share, `why` how many samples each rule made due."""
+
+    generation: int
+    facts: dict
+    why: dict
+    started_at: float  # seconds since 1970
+    finished_at: float  # 0.0 while it goes on
+
+
 COLUMNS = ", ".join(field.name for field in fields(Row))
 PLAN_COLUMNS = ", ".join(field.name for field in fields(Planned))
 MARKS = ", ".join("?" * len(fields(Planned)))
@@ -67,63 +65,50 @@ class Journal:
     Raises UserError when the file is not a journal, or one of another version.
     """
 
-    def __init__(self, path: Path, writable: bool = True, patience_s: float = 0.0) -> None:
+    def __init__(self, path: Path, writable: bool = True, patience_s: float = 0.0, mode: Mode = "auto") -> None:
         self._lock = threading.RLock()
         self._patience_s = patience_s
         self._oldest = 0.0  # when the open transaction began, time.monotonic()
         self._broken: sqlite3.OperationalError | None = None
-        mode = "rwc" if writable else "ro"
-        if not writable and not path.with_name(f"{path.name}-wal").exists():
-            mode += "&immutable=1"  # nobody writes; an ordinary reader would leave a -wal and a -shm file behind
-        address = f"{path.absolute().as_uri()}?mode={mode}"
-        try:
-            self._db = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False, timeout=30)
-            self._prepare(path, writable)
-        except sqlite3.OperationalError as error:
-            raise UserError(f"{path}: cannot open the journal ({error}). Is this the folder of a cache?") from None
-        except sqlite3.DatabaseError as error:
-            raise UserError(f"{path}: not a journal of afd ({error})") from None
-
-    def _prepare(self, path: Path, writable: bool) -> None:
-        version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0 and writable and not self._db.execute("SELECT 1 FROM sqlite_master").fetchone():
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.executescript(f"BEGIN; {SCHEMA} COMMIT;")
-            version = SCHEMA_VERSION
-        if version != SCHEMA_VERSION:
-            raise UserError(
-                f"{path}: journal version {version}, this afd reads {SCHEMA_VERSION}. "
-                "Use the afd that wrote it, or cache into a new folder with --set out=FOLDER."
-            )
-        self._db.execute("PRAGMA synchronous = FULL")
+        self._db = connect(path, writable, mode)
 
     # Writing
 
     def move(self, sample_id: int, to: str, reason: str = "", **columns: object) -> None:
-        """Enter state `to`.  `columns`: further columns of `samples`, or job_id, cost, currency of the attempt."""
-        attempt = {name: columns.pop(name) for name in ("job_id", "cost", "currency") if name in columns}
+        """Enter state `to`.  `columns`: further columns of `samples`, or of the attempt (ATTEMPT)."""
+        attempt = {name: columns.pop(name) for name in ATTEMPT if name in columns}
         with self._writing():
             old, fingerprint = self._db.execute(
                 "SELECT state, fingerprint FROM samples WHERE id = ?", (sample_id,)
             ).fetchone()
             check_transition(old, to)
             self._update("samples", sample_id, {"state": to, "reason": reason, **columns})
-            self._attempt(fingerprint, to, reason, attempt)
+            self._attempt(fingerprint, old, to, reason, attempt)
 
-    def _attempt(self, fingerprint: str, to: str, reason: str, columns: dict) -> None:
+    def _attempt(self, fingerprint: str, old: str, to: str, reason: str, columns: dict) -> None:
         now = time.time()
         if to == "intent":
-            self._db.execute(
-                "INSERT INTO requests (fingerprint, state, intent_at) VALUES (?, ?, ?)", (fingerprint, to, now)
-            )
+            known = {"fingerprint": fingerprint, "state": to, "intent_at": now, **columns}
+            marks = ", ".join("?" * len(known))
+            self._db.execute(f"INSERT INTO requests ({', '.join(known)}) VALUES ({marks})", tuple(known.values()))
             return
         last = self._db.execute("SELECT max(id) FROM requests WHERE fingerprint = ?", (fingerprint,)).fetchone()[0]
-        if last is None or to == "planned":  # a sample planned again leaves its old attempt as it ended
-            return
+        if to == "planned":
+            if old not in IN_FLIGHT:  # a sample planned again leaves its old attempt as it ended
+                return
+            to, columns = "failed", {"cost": 0.0, **columns}
         times = {"submitted_at": now} if to == "submitted" else {}
         if to not in OPEN and to != "sealed":
             times["ended_at"] = now
         self._update("requests", last, {"state": to, "reason": reason, **times, **columns})
+
+    def note(self, sample_id: int, reason: str, **columns: object) -> None:
+        """Say more about a sample that stays in its state; `columns`: of its last attempt (ATTEMPT)."""
+        with self._writing():
+            self._update("samples", sample_id, {"reason": reason})
+            query = "SELECT max(r.id) FROM requests r JOIN samples s USING (fingerprint) WHERE s.id = ?"
+            if columns:
+                self._update("requests", self._db.execute(query, (sample_id,)).fetchone()[0], columns)
 
     def _update(self, table: str, row_id: int, columns: dict) -> None:
         names = ", ".join(f"{name} = ?" for name in columns)
@@ -142,7 +127,14 @@ class Journal:
                 if not self._db.in_transaction:
                     self._db.execute("BEGIN IMMEDIATE")
                     self._oldest = time.monotonic()
-                yield
+                self._db.execute("SAVEPOINT piece")
+                try:
+                    yield
+                except BaseException:
+                    self._db.execute("ROLLBACK TO piece")
+                    raise
+                finally:
+                    self._db.execute("RELEASE piece")
                 if time.monotonic() - self._oldest >= (self._patience_s if patience_s is None else patience_s):
                     self._db.execute("COMMIT")
             except sqlite3.OperationalError as error:
@@ -161,25 +153,36 @@ class Journal:
                 self.flush()
             self._db.close()
 
-    def plan(self, planned: Iterable[Planned], generation: int = 0) -> int:
+    def plan(self, planned: Iterable[Planned], generation: int = 0, digest: str = "") -> int:
         """Add the samples that are new, durably; return how many.
 
+        `digest` stands for `planned`: where it is that of the last call and no sample came or went since then, nothing
+        is new, and `planned` is not read.
         Raises UserError when the generation holds samples that are not in `planned`, or others under their keys:
         a cache only grows.
         """
-        values = [astuple(sample) for sample in planned]
+        if digest and self.fact(PLANNED) == self._so_far(generation, digest):
+            return 0
+        values = (astuple(sample) for sample in planned)
         with self._writing(patience_s=0.0):
             self._db.execute("CREATE TEMP TABLE wanted AS SELECT * FROM samples LIMIT 0")
             try:
                 self._db.executemany(f"INSERT INTO wanted ({PLAN_COLUMNS}) VALUES ({MARKS})", values)
                 self._db.execute("CREATE UNIQUE INDEX temp.wanted_keys ON wanted (generation, key)")
                 self._check_only_additions(generation)
-                return self._db.execute(
+                added = self._db.execute(
                     f"INSERT INTO samples ({PLAN_COLUMNS}, state) SELECT {PLAN_COLUMNS}, 'planned' FROM wanted "
                     "WHERE (generation, key) NOT IN (SELECT generation, key FROM samples) ORDER BY wanted.rowid"
                 ).rowcount
             finally:
                 self._db.execute("DROP TABLE wanted")
+            self._set_fact(PLANNED, self._so_far(generation, digest))
+        return added
+
+    def _so_far(self, generation: int, digest: str) -> dict:
+        """What `plan` remembers; the count notices samples that came from elsewhere, out of another cache."""
+        count = self.select("SELECT count(*) FROM samples WHERE generation = ?", (generation,))[0][0]
+        return {"generation": generation, "digest": digest, "samples": count}
 
     def _check_only_additions(self, generation: int) -> None:
         odd = self._db.execute(
@@ -207,12 +210,37 @@ class Journal:
             f"{advice}, or cache into another folder with --set out=FOLDER."
         )
 
+    def start_round(self, generation: int, facts: dict, why: dict, planned: Iterable[Planned] = ()) -> int:
+        """Begin a refresh round with its samples, durably and all at once; return how many it has."""
+        with self._writing(patience_s=0.0):
+            values = (generation, json.dumps(facts), json.dumps(why), time.time())
+            self._db.execute(
+                "INSERT INTO rounds (generation, facts_json, why_json, started_at) VALUES (?, ?, ?, ?)", values
+            )
+            insert = f"INSERT INTO samples ({PLAN_COLUMNS}, state) VALUES ({MARKS}, 'planned')"
+            return self._db.executemany(insert, (astuple(sample) for sample in planned)).rowcount
+
+    def finish_round(self, generation: int) -> None:
+        """Record that all of its samples have come to an end and are published."""
+        with self._writing(patience_s=0.0):
+            self._db.execute("UPDATE rounds SET finished_at = ? WHERE generation = ?", (time.time(), generation))
+
     def set_fact(self, name: str, value: object) -> None:
         """Record something about the whole cache, durably."""
         with self._writing(patience_s=0.0):
-            self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
+            self._set_fact(name, value)
+
+    def _set_fact(self, name: str, value: object) -> None:
+        self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
 
     # Reading
+
+    def rounds(self) -> list[Round]:
+        """All refresh rounds, the first first."""
+        rows = self.select("SELECT generation, facts_json, why_json, started_at, finished_at FROM rounds ORDER BY 1")
+        return [
+            Round(generation, json.loads(facts), json.loads(why), *times) for generation, facts, why, *times in rows
+        ]
 
     def fact(self, name: str) -> object | None:
         """What `set_fact` recorded, or None."""
@@ -244,6 +272,32 @@ class Journal:
         )
         return found[0][0] if found else ""
 
+    def pending(self) -> Iterator[Row]:
+        """What there is to do: first the videos that can be fetched, the soonest to expire first; then running jobs."""
+        names = ", ".join(f"s.{field.name}" for field in fields(Row))
+        ready = self.select(
+            f"SELECT {names} FROM samples s JOIN requests r USING (fingerprint) WHERE s.state = 'ready' "
+            "AND r.id = (SELECT max(id) FROM requests WHERE fingerprint = s.fingerprint) ORDER BY r.fetch_before, s.id"
+        )
+        yield from (Row(*row) for row in ready)
+        yield from self.rows(states=("submitted", "running"))
+        yield from self.rows(states=("planned",))
+
+    def spend(self) -> dict[str, tuple[float, float]]:
+        """Currency -> (charged, reserved for what is in flight or unknown)."""
+        query = (
+            "SELECT currency, sum(coalesce(cost, 0.0)), sum(CASE WHEN cost IS NULL THEN estimate ELSE 0.0 END) "
+            "FROM requests GROUP BY currency"
+        )
+        return {currency: (charged, reserved) for currency, charged, reserved in self.select(query)}
+
     def counts(self) -> dict[str, int]:
         """Samples per state; states without samples are left out."""
         return dict(self.select("SELECT state, count(*) FROM samples GROUP BY state ORDER BY state"))
+
+
+def open_journal(folder: Path) -> Journal:
+    """The journal of an existing cache, for reading.  Raises UserError where there is none."""
+    if not (folder / JOURNAL).exists():
+        raise UserError(f"{folder}: no {JOURNAL} in it. Name the folder of a cache, for example OUT/cache.")
+    return Journal(folder / JOURNAL, writable=False)

@@ -16,6 +16,8 @@ from afd_data.plan import Planned
 from afd_data.sample import Sample, parse_sample
 from afd_data.shards import Content
 
+DOWNLOAD = ".download"  # what a teacher got, beside its `*.part.mp4`, before it is brought to what was asked for
+
 
 class Spool:
     """The folder `spool` of a cache."""
@@ -74,7 +76,7 @@ class Spool:
         """Remove what a killed process left half written."""
         for path in sorted(self.folder.iterdir()):
             half = path.suffix == ".mp4" and not path.with_suffix(".json").exists()
-            if half or path.suffix == PART:
+            if half or path.suffix in (PART, DOWNLOAD):
                 path.unlink()
 
 

@@ -39,16 +39,46 @@ def main(verbose: bool) -> None:
 
 @main.command("cache-teacher", epilog=RECIPE_HELP, short_help="Ask the teacher for its videos.")
 @recipe_options
-def cache_teacher(recipe) -> None:
+@click.option(
+    "--max-cost",
+    type=click.FloatRange(0),
+    default=None,
+    help="Ask for nothing that could bring the spend beyond this (in the teacher's currency, all runs together), "
+    "counting what is in flight or unknown; as cache.max_cost.",
+)
+@click.option("--refresh", is_flag=True, help="Ask anew for what the recipe's refresh section makes due.")
+@click.option(
+    "--watch",
+    metavar="[CRON]",
+    is_flag=False,
+    flag_value="",
+    default=None,
+    help="Keep going, and refresh at these times, such as '0 3 * * 1'; without CRON those of refresh.schedule.",
+)
+@click.option(
+    "--partition",
+    metavar="I/N",
+    default=None,
+    help="Do share I (from 0) of N only, in CACHE/parts; then `afd cache merge`.",
+)
+@click.option("--push-to-hub", metavar="OWNER/NAME", default=None, help="Then push the cache to the Hugging Face Hub.")
+@click.option("--private", is_flag=True, help="With --push-to-hub: keep the repository private.")
+def cache_teacher(recipe, **options) -> None:
     """Ask the teacher for every video of a recipe and seal them into shards.
 
     Finished videos are never asked for again: stop it and run the same command, or add prompts and run it.
+    A paid video is never paid for twice: an order whose outcome cannot be known is listed as unknown, and
+    `afd cache reconcile` and `afd cache resubmit` settle it.
 
     \b
       afd cache-teacher quickstart
       afd cache-teacher folder --set teacher.path=DIR
+      afd cache-teacher seedance.yaml --dry-run              what it would ask for, and cost
+      afd cache-teacher seedance.yaml --max-cost 25
+      afd cache-teacher seedance.yaml --watch '0 3 * * 1'    refresh every Monday at 3
+      afd cache-teacher my.yaml --partition $SLURM_ARRAY_TASK_ID/8
     """
-    stages.cache_teacher(recipe)
+    stages.cache_teacher(recipe, **options)
 
 
 @main.command(epilog=RECIPE_HELP, short_help="Distil the student.")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import click
@@ -17,20 +19,72 @@ from .students import resolved
 NAMES = ("cache-teacher", "train", "eval", "export")
 
 
-def cache_teacher(recipe) -> None:
-    """Ask for what is missing, seal, and print the summary."""
+def cache_teacher(
+    recipe,
+    max_cost: float | None = None,
+    refresh: bool = False,
+    watch: str | None = None,
+    partition: str | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
+) -> None:
+    """Ask for what is missing, seal, and print the summary; the options are those of the command."""
+    from afd_data.partition import Partition
+
+    if max_cost is not None:
+        if not math.isfinite(max_cost):
+            raise UserError(f"--max-cost {max_cost}: give an amount; leave it out for no limit")
+        recipe = recipe.model_copy(update={"cache": recipe.cache.model_copy(update={"max_cost": max_cost})})
+    share = None if partition is None else Partition.parse(partition)
+    if share is not None and (watch is not None or push_to_hub):
+        raise UserError("--partition makes one share; --watch and --push-to-hub work on the merged cache")
+
+    def once(refresh: bool) -> None:
+        folder = _cache_once(recipe, refresh, share)
+        if push_to_hub:
+            from afd_data.hub_push import push
+
+            click.echo(f"Pushed to {push(folder, push_to_hub, private=private)}")
+
+    if watch is None:
+        once(refresh)
+        return
+    from afd_data.watching import next_time
+    from afd_data.watching import watch as keep_refreshing
+
+    schedule = watch or recipe.refresh.schedule
+    next_time(schedule, datetime.now())  # before hours of work: is it one?
+    once(True)
+    keep_refreshing(lambda: once(True), schedule)
+
+
+def _cache_once(recipe, refresh: bool, share) -> Path:
+    """One run; returns the folder of the cache."""
     from afd_data.cache import cache_teacher
-    from afd_data.inspection import status
-    from afd_data.prompts import load_prompts
+    from afd_data.prompts import known_splits, load_prompts
+    from afd_data.states import IN_FLIGHT
+    from afd_data.status import status
     from afd_data.teachers import open_teacher
     from afd_train.runs import cache_folder
 
-    teacher = open_teacher(recipe.teacher)
-    prompts = load_prompts(recipe.prompts, Path(), teacher)
-    summary = cache_teacher(recipe, prompts, cache_folder(recipe), teacher)
+    folder = cache_folder(recipe)
+    teacher = open_teacher(recipe.teacher if share is None else share.share_of(recipe).teacher)
+    prompts = load_prompts(recipe.prompts, Path(), teacher, known_splits(folder))
+    if recipe.cache.engine == "ray" and share is None:
+        from afd_data.engine import cache_with_ray
+
+        summary = cache_with_ray(recipe, prompts, folder, refresh=refresh)
+    else:
+        summary = cache_teacher(recipe, prompts, folder, teacher, refresh=refresh, partition=share)
+    going_on = sum(summary.states.get(state, 0) for state in IN_FLIGHT)
     if summary.sealed == 0:
-        raise UserError(f"no video was taken.\n{status(summary.folder)}")
+        waiting = going_on or summary.states.get("spooled")
+        what = "nothing is sealed yet; the same command goes on" if waiting else "no video was taken"
+        raise UserError(f"{what}.\n{status(summary.folder)}")
     click.echo(summary.text())
+    if going_on:
+        click.echo(f"{going_on} are still with the teacher: the same command again goes on with them")
+    return folder
 
 
 def train(recipe) -> None:

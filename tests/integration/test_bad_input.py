@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shlex
@@ -128,12 +129,15 @@ def one_clip(content: Callable[[bytes], bytes]) -> Callable[[Path], object]:
     return replace
 
 
-def member_added(name: str) -> Callable[[Path], object]:
+def member_added(name: str, kind: bytes = tarfile.REGTYPE, size: int = 0) -> Callable[[Path], object]:
+    """A member at the end of a shard, of a cache without index; `size` is what its header claims."""
+
     def add(folder: Path) -> None:
         path = found(folder, "runs/a/cache/data/train/*.tar")[0]
         with tarfile.open(path, "a") as tar:
             header = tarfile.TarInfo(name)
-            tar.addfile(header)
+            header.type, header.linkname, header.size = kind, "/etc/passwd" if kind == tarfile.SYMTYPE else "", size
+            tar.addfile(header, io.BytesIO(bytes(min(size, 512))) if size <= 512 else None)
         without("runs/a/cache/index")(folder)
 
     return add
@@ -151,6 +155,50 @@ def found(folder: Path, pattern: str) -> list[Path]:
 
 CACHE, TRAIN = "runs/a/cache", "runs/a/train"
 ELSEWHERE = f"--set out=runs/b --set stream.folder={CACHE}"
+
+# What a tar from a stranger may hold, and the commands that read one.
+HOSTILE = (
+    ("pickle", "p0-00.pyd", tarfile.REGTYPE, 0, "'p0-00.pyd' is not KEY.mp4 or KEY.json"),
+    ("way out", "../p0-00.mp4", tarfile.REGTYPE, 0, "'../p0-00.mp4' is not KEY.mp4"),
+    ("absolute name", "/tmp/p0-00.mp4", tarfile.REGTYPE, 0, "p0-00.mp4' is not KEY.mp4"),
+    ("symlink", "p0-00.mp4", tarfile.SYMTYPE, 0, "'p0-00.mp4' is not a plain file"),
+    ("hard link", "p0-00.mp4", tarfile.LNKTYPE, 0, "'p0-00.mp4' is not a plain file"),
+    ("device", "p0-00.mp4", tarfile.BLKTYPE, 0, "'p0-00.mp4' is not a plain file"),
+    ("pipe", "p0-00.json", tarfile.FIFOTYPE, 0, "'p0-00.json' is not a plain file"),
+    ("bomb", "p0-00.json", tarfile.REGTYPE, 2**32, "p0-00.json claims 4294967296 bytes"),
+)
+READERS = (f"train a {ELSEWHERE}", f"cache inspect {CACHE}", f"cache verify {CACHE}", f"cache merge {CACHE} -o both")
+UNSET = "AFD_NOT_SET"
+ARK = f"teacher={{name: ark, model: m, key_variable: {UNSET}}}"
+WRONG_VALUES = (
+    ("cache-teacher a --partition 3/2", "--partition 3/2: expected INDEX/COUNT with 0 <= INDEX < COUNT"),
+    ("cache-teacher a --partition 2", "--partition 2: expected INDEX/COUNT"),
+    ("cache-teacher a --partition 0/2 --push-to-hub a/b", "--watch and --push-to-hub work on the merged cache"),
+    ("cache-teacher a --max-cost -1", "'--max-cost'"),
+    ("cache-teacher a --max-cost nan", "--max-cost nan"),
+    ("cache-teacher a --watch 'every day'", "--watch: 'every day' is not a cron expression"),
+    ("cache-teacher a --watch '0 0 31 2 *'", "--watch: '0 0 31 2 *' is not a cron expression"),
+    ("cache-teacher a --watch", "set refresh.schedule"),
+    ("cache-teacher a --set refresh.schedule=daily", "'daily' is not a cron expression"),
+    (f"cache-teacher a --set '{ARK}'", f"the environment variable {UNSET} is not set"),
+    ("cache-teacher a --set 'teacher={name: ark}'", "teacher.model: missing (model or endpoint id)"),
+    (
+        "cache-teacher a --set 'teacher={name: videos, base_url: localhost, model: m}'",
+        "teacher.base_url: 'localhost' is not an http:// or https:// address",
+    ),
+    (
+        "cache-teacher a --set 'teacher={name: videos, base_url: \"http://me:pw@host/v1\"}'",
+        "teacher.base_url: no login, no ? and no # in it",
+    ),
+    ("cache-teacher a --set cache.max_cost=-1", "cache.max_cost: expected a number >= 0, got -1"),
+    ("cache-teacher a --set cache.workers=0", "cache.workers: expected a number >= 1, <= 256, got 0"),
+    (f"cache resubmit {CACHE}", "name samples, or use --absent or --state"),
+    (f"cache resubmit {CACHE} p0-00", "no sample that ended without a video is called p0-00"),
+    ("cache resubmit clips --absent", "clips: no journal.sqlite in it"),
+    (f"cache resubmit {CACHE} --state sealed", "'--state'"),
+    ("cache reconcile a --grace-minutes -5", "'--grace-minutes'"),
+    ("cache reconcile a --set out=runs/z", "runs/z/cache: no journal.sqlite in it"),
+)
 
 CASES = [
     # Recipes
@@ -200,7 +248,8 @@ CASES = [
         "unknown teacher",
         extended("teacher: {name: playgruond}\n"),
         "train b",
-        'b.yaml:2: teacher.name: got "playgruond". Allowed: playground, folder. Did you mean playground?',
+        'b.yaml:2: teacher.name: got "playgruond". Allowed: playground, folder, local, command, hub, ark, videos, '
+        "fal, runway. Did you mean playground?",
     ),
     Case(
         "unknown word of a list",
@@ -274,7 +323,7 @@ CASES = [
     ),
     Case("prompts not UTF-8", file("prompts.txt", b"a r\xe9d ball\n"), "cache-teacher a", "prompts.txt: not UTF-8"),
     Case("no prompts", file("prompts.txt", "\n# nothing\n"), "cache-teacher a", "holds no prompts"),
-    Case("too few prompts", nothing, "run a --set prompts.test=9", "too few: validation 1 and test 9 leave 0"),
+    Case("too few prompts", nothing, "run a --set prompts.test=9", "are too few"),
     Case(
         "evaluation prompts in training",
         file("p.txt", PROMPTS),
@@ -320,8 +369,13 @@ CASES = [
     ),
     Case("flipped byte", flipped(f"{CACHE}/data/train/*.tar"), f"cache verify {CACHE}", "problems in runs/a/cache"),
     Case("lost shard", without(f"{CACHE}/data/train/*.tar"), f"cache verify {CACHE}", "train/g0000-000000.tar"),
-    Case("manifest that is none", file(f"{CACHE}/manifest.json", "{}"), "train a", "manifest.json: not a manifest"),
-    Case("manifest of another version", edited(f"{CACHE}/manifest.json", version=99), "train a", "manifest version 99"),
+    Case("manifest that is none", file(f"{CACHE}/manifest.json", "{}"), f"train a {ELSEWHERE}", "manifest.json: not a"),
+    Case(
+        "manifest of another version",
+        edited(f"{CACHE}/manifest.json", version=99),
+        f"train a {ELSEWHERE}",
+        "manifest version 99",
+    ),
     Case(
         "other seed", nothing, "cache-teacher a --set seed=5", "runs/a/cache was made with other settings: seed was 0"
     ),
@@ -350,6 +404,13 @@ CASES = [
         "pickle in a shard", member_added("p0-00.pyd"), f"train a {ELSEWHERE}", "'p0-00.pyd' is not KEY.mp4 or KEY.json"
     ),
     Case("way out of a shard", member_added("../p0-00.mp4"), f"train a {ELSEWHERE}", "'../p0-00.mp4' is not KEY.mp4"),
+    *(
+        Case(f"{name} that {command[:13].strip()} meets", member_added(member, kind, size), command, message)
+        for name, member, kind, size, message in HOSTILE
+        for command in READERS
+    ),
+    # Caching
+    *(Case(f"wrong value {line}", nothing, line, message) for line, message in WRONG_VALUES),
     # Checkpoints and students
     Case(
         "damaged checkpoint",

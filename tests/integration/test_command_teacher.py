@@ -19,7 +19,7 @@ from afd_data.acceptance import RejectedError
 from afd_data.config import VideoConfig
 from afd_data.errors import UserError
 from afd_data.index import read_index
-from afd_data.inspection import open_journal
+from afd_data.journal import open_journal
 from afd_data.teacher_config import CommandConfig
 from afd_data.teachers import Delivery, FailedError, RefusedError, Request
 from afd_data.teachers.command import Command

@@ -20,7 +20,7 @@ from click.testing import Result
 from afd_data.config import VideoConfig
 from afd_data.errors import UserError
 from afd_data.index import read_index
-from afd_data.inspection import open_journal
+from afd_data.journal import open_journal
 from afd_data.teacher_config import HubConfig
 from afd_data.teachers import FailedError, RefusedError, Request
 from afd_data.teachers.hub import Hub, caption_in

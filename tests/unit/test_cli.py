@@ -51,9 +51,19 @@ def test_help_lists_the_commands_and_cuts_no_summary(afd):
     assert "..." not in text.partition("Commands:")[2]
 
 
-@pytest.mark.parametrize("command", ["cache-teacher", "train", "eval", "run", "generate"])
+def test_help_of_cache_lists_its_commands_and_cuts_no_summary(afd):
+    text = afd("cache", "--help").stdout
+    for name in ("status", "inspect", "verify", "reconcile", "resubmit", "prune", "merge", "push", "pull", "migrate"):
+        assert re.search(rf"^  {name} ", text, re.MULTILINE)
+    assert "..." not in text.partition("Commands:")[2]
+
+
+CACHE_COMMANDS = [f"cache {name}" for name in ("status", "reconcile", "resubmit", "prune", "merge", "push", "pull")]
+
+
+@pytest.mark.parametrize("command", ["cache-teacher", "train", "eval", "run", "generate", *CACHE_COMMANDS])
 def test_help_of_a_command_shows_an_example(afd, command):
-    assert re.search(rf"^    afd {command} \w", afd(command, "--help").stdout, re.MULTILINE)
+    assert re.search(rf"^    afd {command} \w", afd(*command.split(), "--help").stdout, re.MULTILINE)
 
 
 def test_version_is_printed(afd):

@@ -4,12 +4,14 @@ import hashlib
 import resource
 import sqlite3
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from afd_data.config import CacheConfig, DataConfig, PlaygroundConfig, PromptsConfig, VideoConfig
 from afd_data.errors import UserError
-from afd_data.journal import SCHEMA_VERSION, Journal
+from afd_data.journal import Journal
+from afd_data.journal_file import SCHEMA_VERSION, is_network
 from afd_data.plan import Planned, fingerprint, plan_samples, request_seed
 from afd_data.prompts import Prompt
 from afd_data.states import TRANSITIONS, check_transition
@@ -48,9 +50,17 @@ def test_every_transition_leads_to_a_state_of_the_table():
     assert {to for allowed in TRANSITIONS.values() for to in allowed} <= TRANSITIONS.keys()
 
 
-@pytest.mark.parametrize("state", ["sealed", "refused", "rejected", "unknown"])
-def test_an_end_is_an_end(state):
-    assert not TRANSITIONS[state]
+def test_what_is_sealed_stays_sealed():
+    assert not TRANSITIONS["sealed"]
+
+
+@pytest.mark.parametrize("state", ["refused", "failed", "rejected"])
+def test_what_ended_without_a_video_can_only_be_planned_again(state):
+    assert TRANSITIONS[state] == {"planned"}
+
+
+def test_an_unknown_order_is_never_asked_again_but_through_the_plan():
+    assert TRANSITIONS["unknown"] == {"planned", "submitted"}
 
 
 def test_every_state_can_be_reached_from_planned():
@@ -103,13 +113,33 @@ def test_a_second_attempt_is_a_row_of_its_own_and_the_first_keeps_its_cost(journ
     journal.move(1, "intent")
     journal.move(1, "submitted", job_id="job-b")
     rows = journal.select("SELECT job_id, state, cost, currency, reason FROM requests ORDER BY id")
-    assert rows == [("job-a", "failed", 0.5, "EUR", "failed: no GPU"), ("job-b", "submitted", 0.0, "", "")]
+    assert rows == [("job-a", "failed", 0.5, "EUR", "failed: no GPU"), ("job-b", "submitted", None, "", "")]
     assert journal.job_id("f1") == "job-b"
 
 
 def test_plan_adds_what_is_new_behind_what_is_known(journal):
     assert journal.plan([planned(3), planned(1), planned(2)]) == 1
     assert [(row.id, row.key) for row in journal.rows()] == [(1, "p1-00"), (2, "p2-00"), (3, "p3-00")]
+
+
+def test_a_plan_with_the_digest_of_the_last_one_is_not_read(journal):
+    assert journal.plan([planned(1), planned(2), planned(3)], digest="a") == 1
+    assert journal.plan((planned(1 // zero) for zero in [0]), digest="a") == 0
+
+
+def test_a_plan_with_another_digest_is_read(journal):
+    journal.plan([planned(1), planned(2)], digest="a")
+    assert journal.plan([planned(1), planned(2), planned(3)], digest="b") == 1
+
+
+def test_a_plan_is_read_again_when_samples_came_from_elsewhere(journal, tmp_path):
+    journal.plan([planned(1), planned(2)], digest="a")
+    with sqlite3.connect(tmp_path / "journal.sqlite") as other:
+        copy = "SELECT 'p9-00', generation, split, prompt_id, 'prompt 9', take, seed, 'f9', state FROM samples LIMIT 1"
+        columns = "key, generation, split, prompt_id, prompt, take, seed, fingerprint, state"
+        other.execute(f"INSERT INTO samples ({columns}) {copy}")
+    with pytest.raises(UserError, match="'prompt 9' is no longer among the prompts"):
+        journal.plan([planned(1), planned(2)], digest="a")
 
 
 @pytest.mark.parametrize(
@@ -169,6 +199,100 @@ def test_after_a_failed_write_the_journal_takes_nothing_more(journal, tmp_path):
     with pytest.raises(sqlite3.OperationalError):
         journal.move(1, "intent")
     assert states(journal) == ["planned", "planned"]
+
+
+# Money
+
+
+def test_an_estimate_is_reserved_from_the_intent_and_replaced_by_what_was_charged(journal):
+    journal.move(1, "intent", estimate=0.5, currency="EUR")
+    journal.move(2, "intent", estimate=0.5, currency="EUR")
+    assert journal.spend() == {"EUR": (0.0, 1.0)}
+    journal.move(1, "submitted", job_id="a")
+    journal.move(1, "ready")
+    journal.move(1, "spooled", cost=0.4)
+    assert journal.spend() == {"EUR": (0.4, 0.5)}
+    journal.move(2, "refused", cost=0.0)
+    assert journal.spend() == {"EUR": (0.4, 0.0)}
+
+
+def test_what_an_unknown_order_may_cost_stays_reserved_even_when_it_is_ordered_again(journal):
+    journal.move(1, "intent", estimate=0.5, currency="EUR")
+    journal.move(1, "unknown", reason="no answer")
+    journal.move(1, "planned")
+    journal.move(1, "intent", estimate=0.5, currency="EUR")
+    assert journal.spend() == {"EUR": (0.0, 1.0)}
+
+
+def test_an_order_that_provably_did_not_arrive_reserves_nothing(journal):
+    journal.move(1, "intent", estimate=0.5, currency="EUR")
+    journal.move(1, "planned")
+    assert journal.spend() == {"EUR": (0.0, 0.0)}
+    assert journal.select("SELECT state FROM requests") == [("failed",)]
+
+
+def test_an_absent_order_is_noted_without_a_change_of_state(journal):
+    journal.move(1, "intent", estimate=0.5, currency="EUR")
+    journal.move(1, "unknown", reason="no answer")
+    journal.note(1, "absent: never taken", cost=0.0)
+    assert [(row.state, row.reason) for row in journal.rows(states=("unknown",))] == [
+        ("unknown", "absent: never taken")
+    ]
+    assert journal.spend() == {"EUR": (0.0, 0.0)}
+
+
+# Order, rounds, places
+
+
+def test_videos_that_expire_first_are_fetched_first_and_new_orders_come_last(tmp_path):
+    journal = Journal(tmp_path / "journal.sqlite")
+    journal.plan([planned(number) for number in range(1, 6)])
+    for number in (2, 3, 4, 5):
+        journal.move(number, "intent")
+        journal.move(number, "submitted", job_id=str(number))
+    journal.move(3, "ready", fetch_before=2000.0)
+    journal.move(5, "ready", fetch_before=1000.0)
+    journal.move(4, "running")
+    assert [row.id for row in journal.pending()] == [5, 3, 2, 4, 1]
+    journal.close()
+
+
+def test_a_round_begins_with_all_of_its_samples_or_not_at_all(journal):
+    assert journal.start_round(1, {"teacher": "b"}, {"age": 1}, [planned(1, generation=1, fingerprint="g1")]) == 1
+    with pytest.raises(sqlite3.IntegrityError):
+        journal.start_round(2, {}, {}, [planned(1, generation=2, fingerprint="g2"), planned(2, fingerprint="g1")])
+    assert [(each.generation, each.facts, each.why) for each in journal.rounds()] == [(1, {"teacher": "b"}, {"age": 1})]
+    assert states(journal) == ["planned", "planned", "planned"]
+    journal.finish_round(1)
+    assert journal.rounds()[0].finished_at >= journal.rounds()[0].started_at > 0
+
+
+MOUNTS = """22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
+30 22 0:40 / /data rw - nfs4 server:/data rw
+31 30 0:41 / /data/fast\\040disk rw - xfs /dev/vdb rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("folder", "network"),
+    [("/home/me", False), ("/data/cache", True), ("/data/fast disk/cache", False), ("/database", False)],
+)
+def test_a_folder_belongs_to_the_longest_mount_point_above_it(tmp_path, folder, network):
+    (tmp_path / "mountinfo").write_text(MOUNTS)
+    assert is_network(Path(folder), tmp_path / "mountinfo") is network
+
+
+@pytest.mark.parametrize("mode", ["wal", "rollback"])
+def test_a_reader_sees_every_commit_while_the_writer_is_open(tmp_path, mode):
+    writer = Journal(tmp_path / "journal.sqlite", mode=mode)
+    writer.plan([planned(1)])
+    for state in ("intent", "submitted"):
+        writer.move(1, state)
+        reader = Journal(tmp_path / "journal.sqlite", writable=False)
+        assert reader.counts() == {state: 1}
+        reader.close()
+    assert (tmp_path / "journal.sqlite-wal").exists() is (mode == "wal")
+    writer.close()
 
 
 # Fingerprints
