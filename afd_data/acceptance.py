@@ -26,7 +26,14 @@ TWIN_LEVELS = 8  # two videos are twins when no patch of their thumbnails differ
 
 
 class RejectedError(Exception):
-    """A video that is not taken.  The text starts with the reason in a word or two and a colon."""
+    """A video that is not taken.  The text starts with the reason in a word or two and a colon.
+
+    cost: what was charged, in the currency of the teacher's identity; None: not told.
+    """
+
+    def __init__(self, text: str, cost: float | None = None) -> None:
+        super().__init__(text)
+        self.cost = cost
 
 
 def read_and_check(path: Path, video: VideoConfig, rules: CacheConfig) -> np.ndarray:

@@ -1,8 +1,10 @@
 """Teachers: one file each behind one small Protocol.
 
-How to write one.  A teacher turns a `Request` into a video file.  It is asked in three calls, so that a process that
+How to write one.  A teacher turns a `Request` into a video file.  It is asked in four calls, so that a process that
 dies in between can be followed by another that knows only what the journal kept:
 
+* `turn` waits until another order may be sent.  Waiting belongs here: what is waited for in `submit` is already written
+  down as an order that may have been taken.
 * `submit` asks for the video and returns the provider's job id.  The journal holds the intent before the call and the
   id right after it.  Never retry inside what may have arrived: an outcome that is not known is for the journal to
   record, so let the error through.
@@ -31,6 +33,7 @@ What goes wrong is one of these errors, and everything else is a bug:
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import inf
@@ -41,9 +44,9 @@ from afd_data.config import TeacherConfig, VideoConfig
 
 
 class _ChargedError(Exception):
-    """cost: what was charged all the same, in the identity's currency."""
+    """cost: what was charged all the same, in the identity's currency; None: charged, but not told how much."""
 
-    def __init__(self, text: str, cost: float = 0.0) -> None:
+    def __init__(self, text: str, cost: float | None = 0.0) -> None:
         super().__init__(text)
         self.cost = cost
 
@@ -135,6 +138,10 @@ class Teacher(Protocol):
         """What a video will cost, in the identity's currency; 0.0 for a free teacher."""
         ...
 
+    def turn(self, stop: threading.Event) -> bool:
+        """Wait until another order may be sent; False when told to stop.  Called before every `submit`."""
+        ...
+
     def submit(self, request: Request) -> str:
         """Ask; return the job id.  Raises RefusedError, FailedError, UnknownError, UserError."""
         ...
@@ -176,6 +183,10 @@ class Free:
     def estimate(self, video: VideoConfig) -> float:
         """Nothing."""
         return 0.0
+
+    def turn(self, stop: threading.Event) -> bool:
+        """Always at once."""
+        return True
 
     def poll(self, job_id: str) -> Progress:
         """Always ready."""

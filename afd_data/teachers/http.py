@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import ssl
-import time
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,12 @@ class Client:
         self._traffic = config.traffic
         self._rate = Rate(config.traffic.requests_per_minute)
         self._downloads = Turnstile(config.traffic.downloads)
+        self._stop = threading.Event()
+
+    def turn(self, stop: threading.Event) -> bool:
+        """Wait until another order may be sent; False when told to stop.  All later pauses heed this `stop` too."""
+        self._stop = stop
+        return self._rate.wait(stop)
 
     def order(
         self,
@@ -66,14 +72,13 @@ class Client:
         fields: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> dict:
-        """POST `json`, or `fields` as multipart; return the JSON object that came back.
+        """POST `json`, or `fields` as multipart, at once; return the JSON object that came back.  `turn` waits.
 
         Raises DeclinedError (4xx), FailedError (it certainly did not arrive), UnknownError, UserError.
         """
         files = None if fields is None else {name: (None, value) for name, value in fields.items()}
         said = ""
         for attempt in range(self._traffic.attempts):
-            self._rate.wait()
             pause = backoff_s(attempt, self._traffic.longest_wait_s)
             try:
                 answer = self._send("POST", path, json=json, files=files, headers=headers)
@@ -85,8 +90,9 @@ class Client:
                 if answer.status_code != 429:
                     return self._taken(answer)
                 said, pause = self._words(answer), self._pause(answer, pause)
-            if attempt + 1 < self._traffic.attempts:
-                time.sleep(pause)
+                self._rate.hold_off(pause)  # for all threads: the provider counts their orders together
+            if attempt + 1 < self._traffic.attempts and (self._stop.wait(pause) or not self._rate.wait(self._stop)):
+                raise FailedError(f"stopped before it was ordered: {said}")
         raise FailedError(f"not ordered after {self._traffic.attempts} tries: {said}")
 
     def ask(self, path: str, params: Mapping[str, str | int] | None = None) -> dict:
@@ -104,8 +110,8 @@ class Client:
                 said, pause = self._words(answer), self._pause(answer, pause)
             except requests.RequestException as error:
                 said = self.clean(error)
-            if attempt + 1 < self._traffic.attempts:
-                time.sleep(pause)
+            if attempt + 1 < self._traffic.attempts and self._stop.wait(pause):
+                raise UnreachableError(f"stopped before it was asked again: {said}")
         raise UnreachableError(f"no answer after {self._traffic.attempts} tries: {said}")
 
     def download(self, address: Callable[[], str], target: Path, fetch_before: float = math.inf) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -85,6 +86,10 @@ class Provider:
         """`teacher.price`."""
         return self._rules.price
 
+    def turn(self, stop: threading.Event) -> bool:
+        """Wait as long as the traffic rules and the provider want; False when told to stop."""
+        return self.client.turn(stop)
+
     def look(self, job_id: str) -> Report:
         """Ask the service once how a job stands.  Raises LostError, UnreachableError, UserError."""
         raise NotImplementedError
@@ -146,8 +151,8 @@ class Provider:
             codes, messages = _words(report.error)
             text = self.client.clean(": ".join([*codes, *messages]) or report.error or report.state)
             if report.state == "refused" or is_refusal(report.error):
-                raise RefusedError(text, cost=report.cost or 0.0)
-            raise FailedError(text, cost=report.cost or 0.0)
+                raise RefusedError(text, report.cost)
+            raise FailedError(text, report.cost)
         return report.state
 
 

@@ -22,13 +22,29 @@ class Rate:
         self._gap_s = 60.0 / per_minute if per_minute else 0.0
         self._lock = threading.Lock()
         self._next = 0.0  # time.monotonic() of the next free slot
+        self._not_before = 0.0  # time.monotonic() until which the provider wants to be left alone
 
-    def wait(self) -> None:
-        """Return when it is this caller's turn."""
+    def wait(self, stop: threading.Event) -> bool:
+        """Return True when it is this caller's turn, False when told to stop."""
+        turn = self._slot()
+        while (left_s := turn - time.monotonic()) > 0:
+            if stop.wait(left_s):
+                return False
+            if turn < self._not_before:
+                turn = self._slot()
+        return not stop.is_set()
+
+    def hold_off(self, seconds: float) -> None:
+        """Let nobody through for so long, also of those who wait already."""
         with self._lock:
-            turn = max(self._next, time.monotonic())
-            self._next = turn + self._gap_s
-        time.sleep(max(0.0, turn - time.monotonic()))
+            self._not_before = max(self._not_before, time.monotonic() + seconds)
+            self._next = max(self._next, self._not_before)
+
+    def _slot(self) -> float:
+        with self._lock:
+            slot = max(self._next, time.monotonic())
+            self._next = slot + self._gap_s
+            return slot
 
 
 class Turnstile:

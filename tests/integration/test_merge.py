@@ -128,6 +128,9 @@ class Slow:
     def estimate(self, video) -> float:
         return 0.5
 
+    def turn(self, stop) -> bool:
+        return True
+
     def submit(self, request) -> str:
         self.asked.append(request.prompt)
         return f"job-{request.prompt_id}"

@@ -18,22 +18,18 @@ CAPTIONS = ("a red ball falls", "a dog runs over a lawn", "waves break on a beac
 
 def sets_for(name: str, clips: Path) -> list[str]:
     """What a recipe cannot know."""
-    if name == "seedance":
-        return [f"prompts.source={clips / 'prompts.txt'}"]
-    return [] if name.startswith("quickstart") else [f"teacher.path={clips}"]
+    return [] if name == "seedance" or name.startswith("quickstart") else [f"teacher.path={clips}"]
 
 
 @pytest.fixture
 def clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with captions of 40 videos, the same as prompts, and a key; a dry run reads no video and asks nobody."""
+    """A folder with captions of 40 videos, and a key; a dry run reads no video and asks nobody."""
     monkeypatch.setenv("ARK_API_KEY", "a-key-that-is-never-sent")
     folder = tmp_path / "clips"
     folder.mkdir()
     for index in range(40):
         (folder / f"{index}.mp4").write_bytes(b"")
         (folder / f"{index}.txt").write_text(f"{CAPTIONS[index % 4]}, take {index} on day {index // 4}")
-    captions = [(folder / f"{index}.txt").read_text() for index in range(40)]
-    (folder / "prompts.txt").write_text("\n".join(captions))
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +40,9 @@ class Listed:
         return []
 
     def estimate(self, video: VideoConfig) -> float:
+        pytest.fail("only its list is asked for")
+
+    def turn(self, stop: threading.Event) -> bool:
         pytest.fail("only its list is asked for")
 
     def submit(self, request: Request) -> str:
