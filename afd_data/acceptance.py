@@ -22,6 +22,7 @@ RATE_TOLERANCE = 0.002  # of the frame rate: 23.976 counts as 24
 HASH_FRAMES, HASH_ROWS, HASH_COLUMNS = 4, 4, 4  # 64 bits
 HASH_MARGIN = 2.0  # levels; smaller steps are compression noise and count as flat
 THUMBNAIL_FRAMES, THUMBNAIL_SIDE = 4, 8
+NAME = "the video"  # in reasons, which are kept and shown elsewhere
 TWIN_LEVELS = 8  # two videos are twins when no patch of their thumbnails differs by more
 
 
@@ -39,14 +40,14 @@ class RejectedError(Exception):
 def read_and_check(path: Path, video: VideoConfig, rules: CacheConfig) -> np.ndarray:
     """Decode a delivered file completely and return its frames; `rules` are those about black and frozen videos.
 
-    Raises RejectedError: undecodable, wrong shape, black, frozen.
+    Raises RejectedError: undecodable, wrong shape, black, frozen; OSError, MemoryError where this machine has failed.
     """
     try:
-        facts = probe(path)
+        facts = probe(path, NAME)
         if facts.declared_frames <= facts.frames:  # else `read_video` says that it is truncated
             check_shape(facts, video)
         # one decoder for every machine: frames are equal, but decord dies of some damaged files
-        frames = read_video(path, decoder="pyav").frames
+        frames = read_video(path, decoder="pyav", name=NAME).frames
     except UserError as error:
         raise RejectedError(f"undecodable: {error}") from None
     if frames.shape[1:3] != (video.height, video.width):

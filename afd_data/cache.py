@@ -6,6 +6,7 @@ Knows nothing of students or losses, and of a teacher only its Protocol.
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator
@@ -14,23 +15,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from afd_data.asking import Asker
-from afd_data.card import write_card
+from afd_data.card import CARD, SHEET, write_card
 from afd_data.config import DataConfig
 from afd_data.errors import UserError
 from afd_data.files import NO_ROOM, one_writer
 from afd_data.index import update_index
-from afd_data.journal import JOURNAL, LOCK, Journal
+from afd_data.journal import JOURNAL, LOCK, Journal, Row
 from afd_data.origin import publish, set_origin
 from afd_data.partition import Partition, check_parts
 from afd_data.planning import plan_round
 from afd_data.prompts import Prompt
 from afd_data.pruning import prune_held
+from afd_data.reconcile import GIVEN_UP
 from afd_data.sealing import Sealer
-from afd_data.shards import read_manifest
+from afd_data.shards import MANIFEST, read_manifest
 from afd_data.spool import Spool
 from afd_data.states import IN_FLIGHT, LOST
 from afd_data.teachers import Teacher
 from afd_data.work import COMMIT_EVERY_S, ask_all
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Summary:
         if others:
             lines.append("not in it: " + ", ".join(f"{count} {state}" for state, count in others.items()))
         lines += [f"  {count} x {reason}" for reason, count in self.reasons.items()]
-        if self.states.get("unknown"):
+        if self.states.get("unknown", 0) > self.reasons.get(GIVEN_UP, 0):
             lines.append("  unknown: it cannot be told whether the teacher made and charged these; not asked again.")
             lines.append("  `afd cache reconcile RECIPE` asks the provider; `afd cache resubmit` orders again.")
         return "\n".join(lines)
@@ -74,8 +78,8 @@ def cache_teacher(
 ) -> Summary:
     """Ask the teacher for every video that the recipe wants and the cache `folder` lacks, and seal them.
 
-    With `refresh`, first finish the round that is going on, then ask anew for what the recipe's `refresh` section
-    makes due.  With `partition`, do one share of the work in a folder of its own below `folder`.
+    With `refresh`, finish the round that is going on, or where none is, ask anew for what the recipe's `refresh`
+    section makes due.  With `partition`, do one share of the work in a folder of its own below `folder`.
     Raises UserError: another writer, a cache of another recipe, no room on the disk; KeyboardInterrupt after a clean
     stop on Ctrl-C.  Whatever ends it, the same call goes on from there.
     """
@@ -93,11 +97,8 @@ def cache_teacher(
             sealer = Sealer(own, journal, spool, share.cache)
             sealer.recover()
             recover_requests(journal, spool, teacher.identity.paid)
-            for _ in range(2):  # a round that is going on is finished before the one that was asked for
-                more = plan_round(recipe, prompts, teacher.identity, journal, sealer, refresh, partition)
-                _do(Asker(share, teacher, journal, spool), journal, sealer, share.cache.workers, progress)
-                if not more:
-                    break
+            plan_round(recipe, prompts, teacher.identity, journal, sealer, refresh, partition)
+            _do(Asker(share, teacher, journal, spool), journal, sealer, share.cache.workers, progress)
             if refresh and partition is None:
                 _prune(own, sealer, recipe.refresh.keep_generations)
             return summarise(own, journal, sealer)
@@ -117,8 +118,18 @@ def _do(asker: Asker, journal: Journal, sealer: Sealer, workers: int, progress: 
 def _finish(sealer: Sealer) -> None:
     sealer.finish()
     update_index(sealer.folder)
-    write_card(sealer.folder)
+    if not _has_card(sealer.folder):
+        write_card(sealer.folder)
     publish(sealer.folder)
+
+
+def _has_card(folder: Path) -> bool:
+    """Whether card and picture are there and younger than the manifest that they show."""
+    try:
+        card, sheet, manifest = ((folder / name).stat().st_mtime_ns for name in (CARD, SHEET, MANIFEST))
+    except FileNotFoundError:
+        return False
+    return min(card, sheet) > manifest
 
 
 def _prune(folder: Path, sealer: Sealer, keep_generations: int) -> None:
@@ -144,20 +155,31 @@ def summarise(folder: Path, journal: Journal, sealer: Sealer) -> Summary:
 def recover_requests(journal: Journal, spool: Spool, paid: bool) -> None:
     """Decide about requests that a crash cut off; those with a job id go on with their job.
 
-    Without one, free requests are asked again, and paid ones whose answer is not known become `unknown`.
-    Raises UserError when a paid video is gone from the spool.
+    Without one, free requests are asked again, and paid ones whose answer is not known become `unknown`.  So it is with
+    videos that were spooled and are gone or damaged, but that paid ones become `rejected`.
     """
     for row in journal.rows(states=(*IN_FLIGHT, "spooled")):
         if row.state == "spooled":
             if spool.find(row) is None:
-                if paid:
-                    raise UserError(f"{spool.path(row, 'mp4')}: was paid for, spooled, and is gone. Put it back.")
-                journal.move(row.id, "planned")
+                _note_loss(row, journal, spool, paid)
         elif row.state == "intent" and paid:
             journal.move(row.id, "unknown", reason="no answer: the run ended between the request and its answer")
         elif row.state == "intent" or not journal.job_id(row.fingerprint):
             journal.move(row.id, "planned")
     journal.flush()
+    for name in spool.bare():
+        state = journal.select("SELECT state FROM samples WHERE (generation, key) = (?, ?)", name)
+        if state not in [[(one,)] for one in IN_FLIGHT]:
+            spool.drop(name)
+
+
+def _note_loss(row: Row, journal: Journal, spool: Spool, paid: bool) -> None:
+    if not paid:
+        journal.move(row.id, "planned")
+        return
+    what = "damaged" if spool.path(row, "mp4").exists() and spool.path(row, "json").exists() else "gone"
+    log.error("%s: was paid for and spooled, and is %s; the run goes on without it", spool.path(row, "mp4"), what)
+    journal.move(row.id, "rejected", reason=f"lost from the spool: {what}")
 
 
 @contextmanager

@@ -21,11 +21,11 @@ import yaml
 
 from afd_data.card_facts import SHOWN, Facts, complete, read_facts
 from afd_data.files import atomic_write
+from afd_data.origin_record import CARD, SHEET
 from afd_data.sample import SPLITS, Sample
 from afd_data.shards import Manifest, read_manifest
 from afd_data.sheet import write_sheet
 
-CARD, SHEET = "README.md", "contact-sheet.png"
 TEMPLATE = "card.md.j2"
 HUB_LICENCES = ("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "apache-2.0", "mit", "unknown")
 HUB_TYPES = {"int": "int64", "float": "float64", "str": "string"}

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median_low
 
-from afd_data.errors import UserError
 from afd_data.index import index_path, index_rows, shard_rows
-from afd_data.origin import address, is_remote, read_range
+from afd_data.members import read_member_at
+from afd_data.origin import address, is_remote
 from afd_data.sample import Sample, parse_sample
-from afd_data.shards import MAX_BYTES, Manifest
+from afd_data.shards import Manifest
 
 COLUMNS = ("key", "prompt_id", "prompt", "split", "generation", "teacher", "teacher_version", "frames", "fps", "width",
            "height", "duration_s", "cost", "currency", "licence", "created_at", "shard", "json_offset", "json_size",
-           "mp4_offset", "mp4_size")  # fmt: skip
+           "json_sha256", "mp4_offset", "mp4_size", "mp4_sha256")  # fmt: skip
 EXAMPLES, SHOWN = 5, 12  # prompts in the card, clips in its picture
 
 
@@ -112,7 +112,7 @@ def read_all_records(folder: Path, manifest: Manifest) -> Iterator[tuple[Sample,
         if _source(row) in seen and is_remote(folder, row["shard"]):
             continue
         seen.add(_source(row))
-        data = _record_bytes(folder, row)
+        data = read_member_at(folder, row, "json")
         yield parse_sample(data, f"{address(folder, row['shard'])}: {row['key']}.json"), data
 
 
@@ -131,7 +131,7 @@ def data_rows(folder: Path, manifest: Manifest) -> Iterator[dict]:
 
 def read_record(folder: Path, row: dict) -> Sample:
     """The record of a row of the index.  Raises UserError: gone, truncated, not a record."""
-    return parse_sample(_record_bytes(folder, row), f"{address(folder, row['shard'])}: {row['key']}.json")
+    return parse_sample(read_member_at(folder, row, "json"), f"{address(folder, row['shard'])}: {row['key']}.json")
 
 
 def terms_of(sample: Sample) -> Terms:
@@ -179,19 +179,3 @@ def _count(facts: Facts, row: dict) -> None:
         facts.costs[row["currency"]] = count + 1, total + row["cost"]
     facts.shapes[row["width"], row["height"], row["frames"], row["fps"]] += 1
     facts.seconds += row["duration_s"]
-
-
-def _record_bytes(folder: Path, row: dict) -> bytes:
-    """Raises UserError when the index, which a stranger may have written, points elsewhere, or the tar is gone."""
-    where, offset, size = address(folder, row["shard"]), row["json_offset"], row["json_size"]
-    if offset < 0 or not 0 <= size <= MAX_BYTES["json"]:
-        raise UserError(f"{where}: the index puts {row['key']}.json at {offset} with {size} bytes. Remove the index.")
-    try:
-        data = read_range(folder, row["shard"], offset, size)
-    except OSError as error:
-        raise UserError(
-            f"{where}: cannot be read ({error.strerror}). Restore it, or cache into a new folder."
-        ) from None
-    if len(data) < size:
-        raise UserError(f"{where}: truncated in {row['key']}.json. Copy it again, or run `afd cache verify`.")
-    return data

@@ -9,7 +9,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from afd_data.provider_config import ArkConfig, FalConfig, RunwayConfig, VideosConfig
 from afd_data.section import Config
@@ -94,11 +94,19 @@ class CacheConfig(Config):
     max_cost: float | None = Field(
         default=None,
         ge=0,
+        allow_inf_nan=False,
         description="ask for nothing that could bring the spend beyond this, counting what is in flight or unknown; "
         "in the teacher's currency",
     )
     stop_after_failures: int = Field(
-        default=10, ge=1, description="requests that fail one after the other before the run stops"
+        default=10,
+        ge=1,
+        description="requests that fail, or paid videos that are turned down, one after the other before the run stops",
+    )
+    longest_job_hours: float = Field(
+        default=48.0,
+        gt=0,
+        description="an older job of which no video came is given up, as what follows it cannot be sealed before",
     )
     journal: Literal["auto", "wal", "rollback"] = Field(
         default="auto", description="SQLite's mode; auto: rollback on network file systems, else write-ahead log"
@@ -148,17 +156,18 @@ class RefreshConfig(Config):
         default=None, description="cron expression in local time, for example `0 3 * * 1`; used by --watch"
     )
 
-    @field_validator("schedule")
-    @classmethod
-    def _is_cron(cls, schedule: str | None) -> str | None:
-        if schedule is not None:
+    @model_validator(mode="after")
+    def _schedule_is_cron(self) -> RefreshConfig:
+        if self.schedule is not None:
             from cronsim import CronSim, CronSimError
 
             try:
-                CronSim(schedule, datetime.now())
+                CronSim(self.schedule, datetime.now())
             except CronSimError as error:
-                raise ValueError(f"{schedule!r} is not a cron expression ({error}); for example `0 3 * * 1`") from None
-        return schedule
+                raise ValueError(
+                    f"schedule: {self.schedule!r} is not a cron expression ({error}); for example `0 3 * * 1`"
+                ) from None
+        return self
 
 
 class StreamConfig(Config):
@@ -198,5 +207,20 @@ class DataConfig(Config):
             raise ValueError(
                 f"prompts.source: {self.teacher.name} has no prompts of its own; name a file of them, "
                 "for example --set prompts.source=prompts.txt"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _videos_are_long_enough(self) -> DataConfig:
+        teacher, wanted_s = self.teacher, self.video.frames / self.video.fps
+        if (
+            isinstance(teacher, ArkConfig | RunwayConfig)
+            and teacher.short == "reject"
+            and teacher.duration_s < wanted_s
+        ):
+            raise ValueError(
+                f"teacher.duration_s: {teacher.duration_s} s are asked for, and {self.video.frames} frames at "
+                f"{self.video.fps:g} fps are {wanted_s:.2f} s: every video would be paid for and rejected. "
+                "Raise it, or set teacher.short=hold"
             )
         return self

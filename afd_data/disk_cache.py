@@ -14,6 +14,8 @@ import time
 from functools import lru_cache
 from pathlib import Path
 
+from afd_data.sample import SHA256
+
 SLACK = 0.9  # of the limit is left after clearing, so that not every new copy clears again
 LOOK = 0.02  # of the limit is written before a process looks again at what all of them wrote
 LEFT_S = 3600.0  # an unfinished copy of this age belongs to nobody any more
@@ -65,6 +67,7 @@ class DiskCache:
                 part.unlink(missing_ok=True)
 
     def _path(self, sha256: str) -> Path:
+        assert SHA256.fullmatch(sha256), sha256  # a damaged copy is removed
         return self.folder / sha256[:2] / sha256
 
     def _make_room(self, size: int) -> None:

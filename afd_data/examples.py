@@ -7,8 +7,8 @@ as far as there is room, sample by sample.
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +19,11 @@ from afd_data.config import StreamConfig, VideoConfig
 from afd_data.disk_cache import open_disk_cache
 from afd_data.errors import UserError
 from afd_data.index import check_sample, index_path, index_rows, shard_rows
+from afd_data.members import check_member, span, unreadable
 from afd_data.origin import address, is_remote, read_range
 from afd_data.origin_record import home
 from afd_data.sample import MEMBERS, Sample, parse_sample
-from afd_data.shards import BLOCK, MAX_BYTES, Shard, read_manifest
+from afd_data.shards import BLOCK, Shard, read_manifest
 from afd_data.video import Decoder, Video, probe, read_video
 
 
@@ -72,28 +73,39 @@ PLACE_COLUMNS = (
 
 @dataclass(frozen=True)
 class Reading:
-    """How samples are read; goes to worker processes as it is.  `disk_mb`: see `StreamConfig`."""
+    """How samples are read; goes to worker processes as it is.  `disk_mb`: see `StreamConfig`.
+
+    pinned: the address at which `origin.steady` found the tars when their places were read, so that nobody who updates
+    the head takes them away; None: the head's of the moment.
+    """
 
     folder: Path
     decoder: Decoder
     video: VideoConfig | None
     decode: bool = True
     disk_mb: int = StreamConfig().disk_mb
+    pinned: str | None = None
 
 
-def read_places(folder: Path, split: str, generation: int | None = None) -> dict[str, Place]:
+def read_places(
+    folder: Path, split: str, generation: int | None = None, names: Collection[str] | None = None
+) -> dict[str, Place]:
     """Places of a split's samples by key: the newest of each among the rounds up to `generation`.
 
-    The default is the newest complete round.  From the index, else from the tars.  Raises UserError when there are
-    none, or when the index names what the manifest does not.
+    The default is the newest complete round; `names`: of the shards called so alone.  From the index, else from the
+    tars.  Raises UserError when there are none, or when the index names what the manifest does not.
     """
     shards = sorted(read_manifest(folder).of(split, generation), key=lambda shard: shard.generation)
+    if names is not None:
+        chosen = set(names)
+        shards = [shard for shard in shards if shard.file in chosen]
     found: dict[str, list[Place]] = {shard.file: [] for shard in shards}
     by_file = {shard.file: shard for shard in shards}
     if index_path(folder, split).exists():
         for row in index_rows(folder, split, PLACE_COLUMNS):
-            if row["shard"] in found:
-                found[row["shard"]].append(_place(row, by_file[row["shard"]]))
+            shard = by_file.get(row["shard"])
+            if shard is not None and len(found[shard.file]) <= shard.samples:  # one too many is enough to know
+                found[shard.file].append(_place(row, shard))
     places: dict[str, Place] = {}
     for shard in shards:
         mine = found.pop(shard.file)
@@ -110,20 +122,11 @@ def _rows_of_tar(folder: Path, shard: Shard) -> list[dict]:
     try:
         return shard_rows(folder, shard)
     except OSError as error:
-        raise _unreadable(address(folder, shard.file), error) from None
-
-
-def _unreadable(where: str, error: OSError) -> UserError:
-    return UserError(f"{where}: cannot be read ({error.strerror}). Restore it, or cache into a new folder.")
+        raise unreadable(address(folder, shard.file), error) from None
 
 
 def _place(row: dict, shard: Shard) -> Place:
-    places = {kind: (row[f"{kind}_offset"], row[f"{kind}_size"]) for kind in MAX_BYTES}
-    for kind, (offset, size) in places.items():
-        if offset < 0 or not 0 <= size <= min(MAX_BYTES[kind], shard.bytes):
-            raise UserError(
-                f"{shard.file}: the index puts {row['key']}.{kind} at {offset} with {size} bytes; remove it"
-            )
+    places = {kind: span(row, kind, shard.file, limit=shard.bytes) for kind in MEMBERS}
     return Place(
         row["key"], row["prompt_id"], shard, **places, mp4_sha256=row["mp4_sha256"], json_sha256=row["json_sha256"]
     )
@@ -138,7 +141,7 @@ def read_example(reading: Reading, place: Place) -> Example:
     try:
         members = _members(reading, place, path)
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     mp4 = members["mp4"]
     sample = parse_sample(members["json"], f"{path}: {place.key}.json")
     check_sample(sample, place.key, place.shard, path)
@@ -166,38 +169,32 @@ def read_example(reading: Reading, place: Place) -> Example:
 def _members(reading: Reading, place: Place, path: str) -> dict[str, bytes]:
     """The bytes of both members, compared with their hashes; remote ones are kept on the disk."""
     if not is_remote(reading.folder, place.shard.file):
-        return _sealed_members(reading.folder, place, path)
+        return _sealed_members(reading, place, path)
     kept = open_disk_cache(home() / "samples", reading.disk_mb * 2**20)
     found = {kind: kept.get(place.sha256(kind)) for kind in MEMBERS}
     known = {kind: data for kind, data in found.items() if data is not None}
     if len(known) == len(MEMBERS):
         return known
-    fetched = _sealed_members(reading.folder, place, path)
+    fetched = _sealed_members(reading, place, path)
     for kind, data in fetched.items():
         kept.put(place.sha256(kind), data)
     return fetched
 
 
-def _sealed_members(folder: Path, place: Place, path: str) -> dict[str, bytes]:
+def _sealed_members(reading: Reading, place: Place, path: str) -> dict[str, bytes]:
+    def read(offset: int, size: int) -> bytes:
+        return read_range(reading.folder, place.shard.file, offset, size, reading.pinned)
+
     spans = {"mp4": place.mp4, "json": place.json}
     start = min(offset for offset, _ in spans.values())
     end = max(offset + size for offset, size in spans.values())
     # Members adjoin, with a header and padding between them: one request.  A stranger's index may say otherwise.
     together = end - start <= sum(size for _, size in spans.values()) + 2 * BLOCK
-    both = read_range(folder, place.shard.file, start, end - start) if together else b""
+    both = read(start, end - start) if together else b""
     members = {}
     for kind, (offset, size) in spans.items():
-        data = (
-            both[offset - start : offset - start + size]
-            if together
-            else read_range(folder, place.shard.file, offset, size)
-        )
-        if len(data) < size:
-            raise UserError(f"{path}: truncated in {place.key}.{kind}. Copy it again, or cache into a new folder.")
-        if hashlib.sha256(data).hexdigest() != place.sha256(kind):
-            raise UserError(
-                f"{path}: {place.key}.{kind} is not what was sealed (its hash differs). Copy the shard again."
-            )
+        data = both[offset - start : offset - start + size] if together else read(offset, size)
+        check_member(data, size, place.sha256(kind), path, f"{place.key}.{kind}")
         members[kind] = data
     return members
 

@@ -106,12 +106,11 @@ def one_writer(path: Path, what: str) -> Iterator[None]:
     Raises UserError when another process holds it; `what` is the subject of the message.
     """
     with open(path, "a+", encoding="utf-8") as file:
-        if not _lock(file, patience_s=1.0):
+        if not _lock(file, fcntl.LOCK_EX, patience_s=1.0):
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise UserError(
-                f"{what}: another afd process (pid {holder}) is writing here. "
-                "Wait until it has ended, or write to another folder with --set out=FOLDER."
+                f"{what}: another afd process (pid {holder}) is writing here. Wait until it has ended, or stop it."
             )
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -121,18 +120,20 @@ def one_writer(path: Path, what: str) -> Iterator[None]:
 
 def is_held(path: Path) -> bool:
     """Whether some process is inside `one_writer` of this lock file now."""
-    if not path.exists():
+    try:
+        with open(path, encoding="utf-8") as file:
+            # Shared, as NFS gives an exclusive one only to files that are open for writing.
+            return not _lock(file, fcntl.LOCK_SH, patience_s=0.0)
+    except FileNotFoundError:
         return False
-    with open(path, encoding="utf-8") as file:
-        return not _lock(file, patience_s=0.0)
 
 
-def _lock(file: IO[str], patience_s: float) -> bool:
+def _lock(file: IO[str], kind: int, patience_s: float) -> bool:
     """Whether the lock could be had; with patience, as `is_held` of another process holds it for an instant."""
     deadline = time.monotonic() + patience_s
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
             if time.monotonic() >= deadline:

@@ -9,15 +9,18 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
-from afd_data.card import CARD, SHEET, write_card
+from afd_data.card import write_card
 from afd_data.card_facts import complete
 from afd_data.errors import UserError
 from afd_data.files import file_sha256, fsync, one_writer
 from afd_data.index import update_index
+from afd_data.journal import LOCK
 from afd_data.leases import live_generations
-from afd_data.origin import is_remote, local_head, read_origin, sizes
+from afd_data.origin import is_remote, local_head, sizes
+from afd_data.origin_record import CARD, MAX_BYTES, SHEET, index_file, read_origin
 from afd_data.progress import progress_bar
 from afd_data.shards import MANIFEST, Manifest, Shard, read_manifest, write_manifest
 from afd_data.storage import open_storage
@@ -42,7 +45,7 @@ def pull(source: str, folder: Path, progress: bool = True) -> Manifest:
         raise UserError(f"{source}: no cache there, or nothing is sealed in it. Look at the address.")
     pulling = folder / PULLING
     pulling.mkdir(parents=True, exist_ok=True)
-    with one_writer(pulling / "lock", f"{folder}"):
+    with one_writer(folder / LOCK, f"{folder}"):
         missing = _missing(source, head, folder, manifest)
         total = sum(shard.bytes for shard in missing)
         with progress_bar(total, "B", "pull", disable=not progress, unit_scale=True) as bar:
@@ -50,7 +53,7 @@ def pull(source: str, folder: Path, progress: bool = True) -> Manifest:
                 _take(source, head, shard, folder)
                 bar.update(shard.bytes)
         _take_rest(head, folder, manifest)
-    shutil.rmtree(pulling, ignore_errors=True)
+        shutil.rmtree(pulling, ignore_errors=True)
     here = len(manifest.shards) - len(missing)
     log.info(f"{source}: {len(missing)} shards ({total / 1e6:.1f} MB) copied to {folder}, {here} were there already")
     return manifest
@@ -95,7 +98,7 @@ def _is_here(path: Path, shard: Shard, trusted: bool) -> bool:
 def _take(source: str, head: Path, shard: Shard, folder: Path) -> None:
     part = folder / PULLING / "shard"
     try:
-        _copy(head, shard.file, part)
+        _copy(head, shard.file, part, shard.bytes)
     except FileNotFoundError:
         raise UserError(f"{source}: {shard.file} is gone. It may have been pruned; run the same again.") from None
     found = file_sha256(part)
@@ -110,33 +113,46 @@ def _take(source: str, head: Path, shard: Shard, folder: Path) -> None:
 
 def _take_rest(head: Path, folder: Path, manifest: Manifest) -> None:
     """Index, manifest, card and contact sheet; then what was pruned goes, unless a trainer here may read it."""
+    manifest = _with_leased(folder, manifest)
     (folder / "index").mkdir(exist_ok=True)
     for split in manifest.samples():
-        _copy_if_there(head, f"index/{split}.parquet", folder)
+        _copy_if_there(head, index_file(split), folder)
     write_manifest(folder, manifest)
     update_index(folder)
     copied = [_copy_if_there(head, name, folder) for name in (SHEET, CARD)]
     if not all(copied):
         write_card(folder)
-    if not live_generations(folder):
-        for shard in manifest.pruned:
-            (folder / shard.file).unlink(missing_ok=True)
+    for shard in manifest.pruned:
+        (folder / shard.file).unlink(missing_ok=True)
+
+
+def _with_leased(folder: Path, manifest: Manifest) -> Manifest:
+    """`manifest`, with what was pruned there and a trainer here may read still among its data."""
+    newest = max(live_generations(folder), default=-1)
+    here = {shard for shard in read_manifest(folder).shards if (folder / shard.file).exists()}
+    kept = tuple(shard for shard in manifest.pruned if shard in here and shard.generation <= newest)
+    pruned = tuple(shard for shard in manifest.pruned if shard not in kept)
+    return replace(manifest, shards=(*kept, *manifest.shards), pruned=pruned)
 
 
 def _copy_if_there(head: Path, file: str, folder: Path) -> bool:
+    """Whether a text or picture lay there.  Raises UserError: larger than it may be."""
     part = folder / PULLING / "text"
+    limit = MAX_BYTES[Path(file).suffix]
     try:
-        _copy(head, file, part)
+        if (size := _size(head / file)) is not None and size > limit:
+            raise UserError(f"{head / file}: has {size} bytes, at most {limit} are copied")
+        _copy(head, file, part, limit)
     except FileNotFoundError:
         return False
     os.replace(part, folder / file)
     return True
 
 
-def _copy(head: Path, file: str, target: Path) -> None:
+def _copy(head: Path, file: str, target: Path, limit: int) -> None:
     """Raises FileNotFoundError."""
     origin = read_origin(head)
     if origin is None or (head / file).exists():
         shutil.copyfile(head / file, target)
     else:
-        open_storage(origin.pinned).fetch(file, target)
+        open_storage(origin.pinned).fetch(file, target, limit)

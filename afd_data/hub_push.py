@@ -18,13 +18,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from afd_data.card import CARD, SHEET, write_card_of
+from afd_data.card import write_card_of
 from afd_data.card_facts import complete, read_all_records, read_facts, terms_of
 from afd_data.errors import UserError
 from afd_data.hub import checked_name, explained_writing
 from afd_data.hub_repository import Repository, check_no_token, hub_token
 from afd_data.index import index_path, update_index
 from afd_data.origin import ORIGIN, is_remote, whole
+from afd_data.origin_record import CARD, SHEET
 from afd_data.progress import progress_bar
 from afd_data.sample import SPLITS, Sample, parse_sample
 from afd_data.shards import MANIFEST, Manifest, Shard, read_manifest, read_member, scan_shard, write_manifest
@@ -115,7 +116,7 @@ def _sent_shard(remote: Repository, folder: Path, shard: Shard) -> CommitOperati
     """Upload a shard for a later commit; what was uploaded before is not sent again."""
     from huggingface_hub import CommitOperationAdd
 
-    with whole(folder, shard.file) as path:
+    with whole(folder, shard) as path:
         try:
             addition = CommitOperationAdd(shard.file, path)
         except (OSError, ValueError):

@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING
 
 from afd_data.errors import UserError
 from afd_data.files import atomic_write
+from afd_data.members import unreadable
 from afd_data.origin import address, whole
 from afd_data.origin_record import index_file
 from afd_data.sample import MEMBERS, SPLITS, Sample, parse_sample
-from afd_data.shards import Shard, read_manifest, read_member, scan_shard
+from afd_data.shards import MAX_SAMPLES, Shard, read_manifest, read_member, scan_shard
 
 if TYPE_CHECKING:
     import pyarrow
     import pyarrow.parquet
+
+MAX_GROUP_BYTES = 2**28  # of the rows of one tar, as they are stored and as they are read
 
 FROM_SAMPLE = {
     "key": "string",
@@ -51,11 +54,13 @@ FROM_TAR = {
 }
 
 
-def schema() -> pyarrow.Schema:
-    """Columns of the index."""
+def schema(packed: bool = False) -> pyarrow.Schema:
+    """Columns of the index; `packed`: as they are read, with each different text once."""
     import pyarrow
 
-    return pyarrow.schema([(name, pyarrow.type_for_alias(kind)) for name, kind in (FROM_SAMPLE | FROM_TAR).items()])
+    kinds = {name: pyarrow.type_for_alias(kind) for name, kind in (FROM_SAMPLE | FROM_TAR).items()}
+    text = pyarrow.dictionary(pyarrow.int32(), pyarrow.string()) if packed else pyarrow.string()
+    return pyarrow.schema([(name, text if kind == pyarrow.string() else kind) for name, kind in kinds.items()])
 
 
 def index_path(folder: Path, split: str) -> Path:
@@ -85,11 +90,18 @@ def _groups(folder: Path, split: str) -> Iterator[pyarrow.Table]:
     path = index_path(folder, split)
     again = "Remove it; it is made again from the tars."
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if file.schema_arrow != schema():
+        texts = [name for name, kind in (FROM_SAMPLE | FROM_TAR).items() if kind == "string"]
+        with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
+            if file.schema_arrow != schema(packed=True):
                 raise UserError(f"{path}: not an index of this version. {again}")
             for number in range(file.num_row_groups):
+                facts = file.metadata.row_group(number)
+                if facts.num_rows > MAX_SAMPLES or facts.total_byte_size > MAX_GROUP_BYTES:
+                    raise UserError(f"{path}: claims more in row group {number} than an index of afd has. {again}")
                 group = file.read_row_group(number)
+                if sum(_text_bytes(group.column(name)) for name in texts) > MAX_GROUP_BYTES:
+                    raise UserError(f"{path}: unpacks to more in row group {number} than afd writes. {again}")
+                group = group.cast(schema())
                 group.validate(full=True)  # text need not be UTF-8
                 if any(column.null_count for column in group.columns):
                     raise UserError(f"{path}: has empty cells, so afd did not write it. {again}")
@@ -102,14 +114,26 @@ def _groups(folder: Path, split: str) -> Iterator[pyarrow.Table]:
         raise UserError(f"{path}: cannot be read ({error}). {again}") from None
 
 
+def _text_bytes(column: pyarrow.ChunkedArray) -> int:
+    """What a column of texts takes up when each row has its own: a text that repeats is stored once."""
+    from pyarrow.compute import call_function
+
+    lengths = (call_function("binary_length", [chunk.dictionary]).take(chunk.indices) for chunk in column.chunks)
+    return sum(call_function("sum", [found]).as_py() or 0 for found in lengths)
+
+
 def shard_rows(folder: Path, shard: Shard) -> list[dict]:
     """Index rows of one shard, read from the tar itself, which is fetched where it lies elsewhere.
 
-    Raises UserError when a member's name, JSON, key, split or generation is off, OSError where it cannot be read.
+    Raises UserError when a member's name, JSON, key, split or generation, or the number of samples is off, OSError
+    where it cannot be read.
     """
     rows = []
-    with whole(folder, shard.file) as path, open(path, "rb") as file:
-        for entry in scan_shard(path):
+    with whole(folder, shard) as path, open(path, "rb") as file:
+        entries = scan_shard(path)
+        if len(entries) != shard.samples:
+            raise UserError(f"{path}: holds {len(entries)} samples, the manifest says {shard.samples}. Copy it again.")
+        for entry in entries:
             data = {kind: read_member(file, entry, kind) for kind in MEMBERS}
             sample = parse_sample(data["json"], f"{path}: {entry.key}.json")
             check_sample(sample, entry.key, shard, path)
@@ -129,13 +153,6 @@ def check_sample(sample: Sample, key: str, shard: Shard, path: Path | str) -> No
     found, expected = (sample.key, sample.split, sample.generation), (key, shard.split, shard.generation)
     if found != expected:
         raise UserError(f"{path}: {key}.json says key, split, generation {found}, it stands under {expected}")
-
-
-def rebuild_index(folder: Path) -> None:
-    """Write the index of every split anew from the tars that the manifest names.  Raises UserError on damage."""
-    for split in SPLITS:
-        index_path(folder, split).unlink(missing_ok=True)
-    update_index(folder)
 
 
 def update_index(folder: Path) -> None:
@@ -175,10 +192,7 @@ def _rows(folder: Path, shard: Shard) -> list[dict]:
     try:
         return shard_rows(folder, shard)
     except OSError as error:
-        where = address(folder, shard.file)
-        raise UserError(
-            f"{where}: cannot be read ({error.strerror}). Restore it, or cache into a new folder."
-        ) from None
+        raise unreadable(address(folder, shard.file), error) from None
 
 
 def _known_groups(folder: Path, split: str) -> dict[str, tuple[int, int]]:

@@ -97,7 +97,7 @@ def verify(folder: Path) -> list[str]:
     rows: dict[str, pyarrow.Table] = {}
     for shard in manifest.shards:
         try:
-            with whole(folder, shard.file) as path:
+            with whole(folder, shard) as path:
                 root = path.parents[2]
                 problems += _shard_problems(root, shard, address(folder, shard.file))
                 rows[shard.file] = _table(shard_rows(root, shard))

@@ -16,11 +16,13 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, fields
 from pathlib import Path
 
 from afd_data.errors import UserError
 from afd_data.journal_file import Mode, connect
+from afd_data.journal_plan import add_planned
+from afd_data.journal_rows import ATTEMPT_COLUMNS, COLUMNS, MARKS, PLAN_COLUMNS, Attempt, Round, Row
 from afd_data.plan import Planned
 from afd_data.states import IN_FLIGHT, OPEN, TRANSITIONS, check_transition
 
@@ -28,34 +30,6 @@ JOURNAL = "journal.sqlite"  # in the folder of a cache
 LOCK = ".lock"  # held by the process that writes there
 PLANNED = "planned"  # the fact that says what `Journal.plan` was told last
 ATTEMPT = ("job_id", "fetch_before", "estimate", "cost", "currency")  # columns of `requests` that `move` takes
-
-
-@dataclass(frozen=True)
-class Row(Planned):
-    """A row of `samples`, without its thumbnail."""
-
-    id: int
-    state: str
-    reason: str
-    shard: str
-    perceptual_hash: str
-    created_at: float  # seconds since 1970; 0.0 until there is a video
-
-
-@dataclass(frozen=True)
-class Round:
-    """A refresh round: `facts` are what its fingerprints share, `why` how many samples each rule made due."""
-
-    generation: int
-    facts: dict
-    why: dict
-    started_at: float  # seconds since 1970
-    finished_at: float  # 0.0 while it goes on
-
-
-COLUMNS = ", ".join(field.name for field in fields(Row))
-PLAN_COLUMNS = ", ".join(field.name for field in fields(Planned))
-MARKS = ", ".join("?" * len(fields(Planned)))
 
 
 class Journal:
@@ -81,6 +55,11 @@ class Journal:
             old, fingerprint = self._db.execute(
                 "SELECT state, fingerprint FROM samples WHERE id = ?", (sample_id,)
             ).fetchone()
+            if to == "sealed" and old != "spooled":
+                raise UserError(
+                    "the journal is older than the shards: it does not know of videos that are in them. "
+                    "Put the newest journal.sqlite back, or cache into another folder with --set out=FOLDER."
+                )
             check_transition(old, to)
             self._update("samples", sample_id, {"state": to, "reason": reason, **columns})
             self._attempt(fingerprint, old, to, reason, attempt)
@@ -163,19 +142,8 @@ class Journal:
         """
         if digest and self.fact(PLANNED) == self._so_far(generation, digest):
             return 0
-        values = (astuple(sample) for sample in planned)
         with self._writing(patience_s=0.0):
-            self._db.execute("CREATE TEMP TABLE wanted AS SELECT * FROM samples LIMIT 0")
-            try:
-                self._db.executemany(f"INSERT INTO wanted ({PLAN_COLUMNS}) VALUES ({MARKS})", values)
-                self._db.execute("CREATE UNIQUE INDEX temp.wanted_keys ON wanted (generation, key)")
-                self._check_only_additions(generation)
-                added = self._db.execute(
-                    f"INSERT INTO samples ({PLAN_COLUMNS}, state) SELECT {PLAN_COLUMNS}, 'planned' FROM wanted "
-                    "WHERE (generation, key) NOT IN (SELECT generation, key FROM samples) ORDER BY wanted.rowid"
-                ).rowcount
-            finally:
-                self._db.execute("DROP TABLE wanted")
+            added = add_planned(self._db, planned, generation)
             self._set_fact(PLANNED, self._so_far(generation, digest))
         return added
 
@@ -183,32 +151,6 @@ class Journal:
         """What `plan` remembers; the count notices samples that came from elsewhere, out of another cache."""
         count = self.select("SELECT count(*) FROM samples WHERE generation = ?", (generation,))[0][0]
         return {"generation": generation, "digest": digest, "samples": count}
-
-    def _check_only_additions(self, generation: int) -> None:
-        odd = self._db.execute(
-            "SELECT s.prompt, s.split, w.split, w.prompt, count(*) OVER () FROM samples s LEFT JOIN wanted w "
-            "USING (generation, key) WHERE generation = ? AND "
-            "(w.key IS NULL OR w.fingerprint != s.fingerprint OR w.split != s.split) LIMIT 1",
-            (generation,),
-        ).fetchone()
-        if odd is None:
-            return
-        prompt, split, new_split, new_prompt, count = odd
-        advice = "A cache only grows: add prompts or takes"
-        if new_prompt is None:
-            change = f"{prompt!r} is no longer among the prompts or takes"
-        elif new_split != split:
-            change = f"{prompt!r} moved from {split} to {new_split}"
-            advice = (
-                "Held out are the first prompts by hash, so an added prompt, prompts.test or prompts.validation can "
-                "move others: undo that change"
-            )
-        else:
-            change = f"{prompt!r} is now {new_prompt!r}"
-        raise UserError(
-            f"the recipe asks for other samples than this cache holds ({count} differ; {change}). "
-            f"{advice}, or cache into another folder with --set out=FOLDER."
-        )
 
     def start_round(self, generation: int, facts: dict, why: dict, planned: Iterable[Planned] = ()) -> int:
         """Begin a refresh round with its samples, durably and all at once; return how many it has."""
@@ -265,12 +207,16 @@ class Journal:
         with self._lock:
             return self._db.execute(query, values).fetchall()
 
+    def last_attempt(self, fingerprint: str) -> Attempt:
+        """The last one of a sample; an empty one where there was none."""
+        found = self.select(
+            f"SELECT {ATTEMPT_COLUMNS} FROM requests WHERE fingerprint = ? ORDER BY id DESC LIMIT 1", (fingerprint,)
+        )
+        return Attempt(*found[0]) if found else Attempt()
+
     def job_id(self, fingerprint: str) -> str:
         """Job id of the last attempt; "" when the teacher never gave one."""
-        found = self.select(
-            "SELECT job_id FROM requests WHERE fingerprint = ? ORDER BY id DESC LIMIT 1", (fingerprint,)
-        )
-        return found[0][0] if found else ""
+        return self.last_attempt(fingerprint).job_id
 
     def pending(self) -> Iterator[Row]:
         """What there is to do: first the videos that can be fetched, the soonest to expire first; then running jobs."""

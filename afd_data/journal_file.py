@@ -65,6 +65,8 @@ def connect(path: Path, writable: bool, mode: Mode = "auto") -> sqlite3.Connecti
 def _prepare(db: sqlite3.Connection, path: Path, writable: bool, mode: Mode) -> None:
     version = db.execute("PRAGMA user_version").fetchone()[0]
     new = version == 0 and writable and not db.execute("SELECT 1 FROM sqlite_master").fetchone()
+    if version == 0 and not writable and not db.execute("SELECT 1 FROM sqlite_master").fetchone():
+        raise UserError(f"{path}: is being made at this moment, or its run died doing so. Try again, or start the run.")
     if not new and version != SCHEMA_VERSION:
         older = f"`afd cache migrate {path.parent}` brings it up to it." if 0 < version < SCHEMA_VERSION else ""
         raise UserError(f"{path}: journal version {version}, this afd reads {SCHEMA_VERSION}. {older}".rstrip())

@@ -16,7 +16,7 @@ from afd_data.files import atomic_write
 from afd_data.sample import KEY
 
 MARGINS = "margins.parquet"
-MAX_ROWS = 10**8
+MAX_ROWS = 10**7
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,11 @@ def write_margins(path: Path, rows: Iterable[Margin]) -> None:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ordered, _schema()), file)
 
 
-def read_margins(path: Path) -> dict[str, float]:
-    """Prompt id -> margin; larger is a student further behind.
+def read_rows(path: Path) -> list[Margin]:
+    """Everything that `write_margins` was given.
 
     Raises UserError when there is no such file, or afd did not write it.
     """
-    return {row.prompt_id: row.margin for row in read_rows(path)}
-
-
-def read_rows(path: Path) -> list[Margin]:
-    """Everything that `write_margins` was given.  Raises as `read_margins` does."""
     import pyarrow
     import pyarrow.parquet
 

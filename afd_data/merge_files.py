@@ -31,7 +31,7 @@ def bring_tars(out: Path, caches: list[Source], tars: list[Tar], manifest: Manif
     made: dict[str, Shard] = {}
     for tar in tars:
         (out / tar.file).parent.mkdir(parents=True, exist_ok=True)
-        with whole(caches[tar.cache].folder, tar.shard.file) as path:
+        with whole(caches[tar.cache].folder, tar.shard) as path:
             if not path.exists():
                 raise UserError(f"{path}: named in the manifest and gone. Put it back.")
             if len(tar.keys) == tar.shard.samples:

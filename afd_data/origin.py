@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
-import os
 import re
 import secrets
 import shutil
@@ -22,22 +20,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from afd_data.errors import UserError
+from afd_data.origin_fetch import fetch_index, fetch_manifest, is_whole, take_over
 from afd_data.origin_record import (
+    CARD,
     ORIGIN,
-    WRITER,
+    SHEET,
     Origin,
+    check_writer,
+    claimed,
     home,
     index_file,
+    no_place,
     pinned_url,
     read_origin,
+    taken,
     write_origin,
     writer_of,
 )
 from afd_data.sample import SPLITS
-from afd_data.shards import MANIFEST, SHARD_FILE, read_manifest
-from afd_data.storage import Storage, checked_url, open_storage, shown
-
-CARD_FILES = ("README.md", "contact-sheet.png")
+from afd_data.shards import MANIFEST, SHARD_FILE, Shard, read_manifest
+from afd_data.storage import Storage, checked_url, open_storage
 
 
 def local_head(source: str) -> Path:
@@ -59,28 +61,44 @@ def local_head(source: str) -> Path:
 
 
 def update_head(folder: Path) -> None:
-    """Fetch manifest and index anew where the folder is a head of what others write.  Raises as `local_head` does."""
+    """Fetch manifest and index where the folder is a head of what others write and changed.  Raises as `local_head`."""
     origin = read_origin(folder)
     if origin is None or origin.writer:
         return
     with _alone(folder):
+        origin = read_origin(folder) or origin  # another process may have been quicker
         pinned = pinned_url(origin.url)
+        if pinned.startswith("hf://") and pinned == origin.pinned and is_whole(folder):
+            return
         part = folder / "head.part"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         try:
-            _fetch_head(open_storage(pinned), part)
-            (folder / "index").mkdir(exist_ok=True)
-            for split in SPLITS:
-                if (part / index_file(split)).exists():
-                    os.replace(part / index_file(split), folder / index_file(split))
-                else:
-                    (folder / index_file(split)).unlink(missing_ok=True)
-            if pinned != origin.pinned:
+            storage = open_storage(pinned)
+            fetch_manifest(storage, part)
+            if not is_whole(folder) or (part / MANIFEST).read_bytes() != (folder / MANIFEST).read_bytes():
+                fetch_index(storage, part)
+                take_over(part, folder)
+            if pinned != origin.pinned:  # last: what a crash leaves is fetched again
                 write_origin(folder, Origin(origin.url, pinned))
-            os.replace(part / MANIFEST, folder / MANIFEST)
         finally:
             shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def steady(folder: Path) -> Iterator[str | None]:
+    """Hold a head as it is: other processes update it after the block.
+
+    Yields the address that its tars are read at now, on the Hub one commit; None for a folder without an origin.  What
+    is read later of places that were read in here has to be read at this address (`read_range`).
+    """
+    origin = read_origin(folder)
+    if origin is None or origin.writer:
+        yield origin.pinned if origin else None
+        return
+    with _alone(folder):
+        origin = read_origin(folder) or origin
+        yield origin.pinned
 
 
 def address(folder: Path, file: str) -> str:
@@ -94,10 +112,11 @@ def is_remote(folder: Path, file: str) -> bool:
     return not (folder / file).exists() and (folder / ORIGIN).exists()
 
 
-def read_range(folder: Path, file: str, offset: int, size: int) -> bytes:
+def read_range(folder: Path, file: str, offset: int, size: int, pinned: str | None = None) -> bytes:
     """Bytes [offset, offset + size) of a tar, from the folder or else from its origin; fewer where it ends before.
 
-    Raises OSError where the folder's tar cannot be read, UserError where the origin's cannot.
+    pinned: the address to read at, where that is not the one of now (`steady`).  Raises OSError where the folder's tar
+    cannot be read, UserError where the origin's cannot.
     """
     path, origin = folder / file, read_origin(folder)
     try:
@@ -109,19 +128,19 @@ def read_range(folder: Path, file: str, offset: int, size: int) -> bytes:
             raise
     assert SHARD_FILE.fullmatch(file), file
     try:
-        return open_storage(origin.pinned).read(file, offset, size)
+        return open_storage(pinned or origin.pinned).read(file, offset, size)
     except FileNotFoundError:
         raise _gone(origin, file) from None
 
 
 @contextmanager
-def whole(folder: Path, file: str) -> Iterator[Path]:
+def whole(folder: Path, shard: Shard) -> Iterator[Path]:
     """Yield the path of a complete tar: the folder's own, or a temporary copy of the origin's with the same last parts.
 
     Its hash is not compared, and a folder without an origin may lack it.  Raises UserError where the origin's cannot be
     read; one that the block raises about the copy is made to name the original.
     """
-    origin = read_origin(folder)
+    origin, file = read_origin(folder), shard.file
     if origin is None or (folder / file).exists():
         yield folder / file
         return
@@ -130,7 +149,7 @@ def whole(folder: Path, file: str) -> Iterator[Path]:
         copy = Path(temporary) / file
         copy.parent.mkdir(parents=True)
         try:
-            open_storage(origin.pinned).fetch(file, copy)
+            open_storage(origin.pinned).fetch(file, copy, limit=shard.bytes)
         except FileNotFoundError:
             raise _gone(origin, file) from None
         try:
@@ -153,19 +172,15 @@ def set_origin(folder: Path, url: str) -> None:
         raise UserError(f"{folder}: has sealed shards of its own. Use cache.storage with a new folder.")
     origin = known or Origin(url, url, secrets.token_hex(16))
     storage = open_storage(url)
-    there = writer_of(storage)
-    if there is None and storage.size(MANIFEST) is None:
-        write_origin(folder, origin)  # first: a mark of nobody could not be used again
-        with tempfile.TemporaryDirectory() as temporary:
-            mark = Path(temporary) / WRITER
-            mark.write_text(json.dumps({"writer": origin.writer}))
-            _sent(storage, mark, WRITER)
+    if known is None:
         there = writer_of(storage)
-    if there != origin.writer:
-        raise UserError(
-            f"{url}: another cache lies there, or is being written there. Name an empty place as cache.storage. "
-            f"If it is this one's and its folder was lost: read it with stream.folder={url}, or `afd cache pull` it."
-        )
+        if there is not None or storage.size(MANIFEST) is not None:
+            raise taken(storage, there)
+        write_origin(folder, origin)  # first: a mark of nobody could not be used again
+    if not claimed(storage, origin.writer):
+        if known is None:
+            (folder / ORIGIN).unlink()
+        raise taken(storage, writer_of(storage))
 
 
 def put(folder: Path, file: str) -> None:
@@ -186,9 +201,12 @@ def publish(folder: Path) -> None:
     if origin is None or not origin.writer:
         return
     tars = [shard.file for shard in read_manifest(folder).shards if (folder / shard.file).exists()]
-    for file in (*tars, *map(index_file, SPLITS), *CARD_FILES, MANIFEST):
+    storage = open_storage(origin.url)
+    check_writer(storage, origin.writer)
+    for file in (*tars, *map(index_file, SPLITS), CARD, SHEET, MANIFEST):
         if (folder / file).exists():
             put(folder, file)
+    check_writer(storage, origin.writer)  # before the only copies here go
     for file in tars:
         (folder / file).unlink()
 
@@ -205,25 +223,6 @@ def sizes(folder: Path) -> dict[str, int]:
     return open_storage(origin.pinned).sizes("data") if origin else {}
 
 
-def _fetch_head(storage: Storage, part: Path) -> None:
-    """The manifest is read first: an index is never older than the manifest that it was published with."""
-    storage.forget()
-    try:
-        storage.fetch(MANIFEST, part / MANIFEST)
-    except FileNotFoundError:
-        raise UserError(f"{storage.url}: no cache there (no {MANIFEST}). Look at the address.") from None
-    try:
-        splits = {shard.split for shard in read_manifest(part).shards}
-    except UserError as error:
-        raise UserError(str(error).replace(str(part), storage.url)) from None
-    (part / "index").mkdir()
-    for split in sorted(splits):
-        try:
-            storage.fetch(index_file(split), part / index_file(split))
-        except FileNotFoundError:
-            (part / index_file(split)).unlink(missing_ok=True)  # then the tars are read
-
-
 def _written(folder: Path) -> Storage:
     origin = read_origin(folder)
     assert origin is not None, folder
@@ -235,7 +234,7 @@ def _sent(storage: Storage, path: Path, file: str) -> None:
     try:
         storage.send(path, file)
     except FileNotFoundError as error:
-        raise UserError(f"{storage.url}: no such bucket or repository; make it first ({shown(error)})") from None
+        raise no_place(storage, error) from None
 
 
 def _gone(origin: Origin, file: str) -> UserError:

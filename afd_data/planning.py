@@ -23,7 +23,7 @@ from afd_data.margins import MARGINS, Margin, read_rows
 from afd_data.partition import Partition
 from afd_data.plan import Planned, canonical_json, plan_samples, recipe_facts
 from afd_data.prompts import Prompt
-from afd_data.refresh import Known, due, new_only
+from afd_data.refresh import AGAIN, Known, due, new_only
 from afd_data.sealing import Sealer, is_over
 from afd_data.states import LOST
 from afd_data.teachers import Identity
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 ACCEPTANCE = {"frozen", "black", "near_duplicate", "audio"}
 TEACHER = {"teacher", "teacher_version", "settings"}  # facts that a refresh may change
 LASTING = {"video", "seed"}  # facts that it may not: all videos of a cache have one shape
+MAX_GENERATION = 9999  # names of shards have four digits for it
 
 
 @dataclass(frozen=True)
@@ -63,37 +64,43 @@ def plan_round(
     sealer: Sealer,
     refresh: bool,
     partition: Partition | None,
-) -> bool:
+) -> None:
     """Put into the journal what the recipe wants and the cache lacks.
 
-    A round that is going on is finished first; then True: what is due after it waits for another call.
+    A call that finds a round going on is for finishing it and begins no other, so that a refresh that a crash cut off
+    is not bought twice.
     Raises UserError: the recipe's settings are not those of the round that is going on, prompts that changed their
-    split, margins that cannot be read, a part of a cache that is not finished itself.
+    split, margins that cannot be read, a part of a cache that is not finished itself, no more numbers for rounds.
     """
     facts = recipe_facts(recipe, identity) | {"cache": recipe.cache.model_dump(include=ACCEPTANCE)}
     task = _Task(recipe, prompts, identity, json.loads(canonical_json(facts)), refresh, partition)
     rounds = journal.rounds()
-    if rounds and not rounds[-1].finished_at and is_over(journal, rounds[-1].generation):
-        sealer.finish()  # a crash kept it from being published
     with _cache_above(sealer.folder, partition) as above:
         if not rounds:
             _first(task, journal, above, sealer.folder)
-            return False
+            return
         newest = rounds[-1]
         over = is_over(journal, newest.generation)
-        if newest.generation == 0 and not (refresh and over):
+        if over and not newest.finished_at and (refresh or newest.generation > 0):
+            sealer.finish()  # a crash kept it from being published
+            _say_finished(newest)
+        elif newest.generation == 0 and not (refresh and over):
             _go_on(task, newest, journal, sealer.folder)
             journal.plan(_lacking(task, above))
-            return refresh
-        if not over:
+        elif not over:
             _go_on(task, newest, journal, sealer.folder)
-            log.info("generation %d: finishing the round that is going on", newest.generation)
-            return True
-        if partition is not None:
+            _say_finished(newest)
+        elif partition is not None:
             log.info("this part is finished; merge the parts before another round")
-            return False
-        _next(task, journal, journal, sealer.folder)
-        return False
+        else:
+            _next(task, journal, journal, sealer.folder)
+
+
+def _say_finished(newest: Round) -> None:
+    log.info(
+        "generation %d: finishing the round that is going on; what is new or due waits for the next run",
+        newest.generation,
+    )
 
 
 def check_same(facts: Mapping, known: Mapping, folder: Path) -> None:
@@ -114,14 +121,16 @@ def read_known(journal: Journal, paid: bool) -> dict[str, Known]:
     # SQLite takes the other columns from the row with the maximum.
     query = (
         "SELECT n.*, v.generation, v.created_at "
-        "FROM (SELECT key, split, max(generation) AS generation, state, fingerprint FROM samples GROUP BY key) n "
+        "FROM (SELECT key, split, max(generation) AS generation, state, reason, fingerprint "
+        "FROM samples GROUP BY key) n "
         "LEFT JOIN (SELECT key, max(generation) AS generation, created_at FROM samples WHERE state = 'sealed' "
         "GROUP BY key) v USING (key)"
     )
     known = {}
-    for key, split, generation, state, fingerprint, video_generation, made_at in journal.select(query):
+    for key, split, generation, state, reason, fingerprint, video_generation, made_at in journal.select(query):
         lost = state in LOST
-        again = state == "failed" and not (paid and journal.job_id(fingerprint))
+        free = state == "failed" and not (paid and journal.job_id(fingerprint))
+        again = free or (lost and reason.startswith(AGAIN))
         asked_at = max(began[generation], made_at or 0.0) if lost else made_at
         known[key] = Known(split, generation, video_generation, lost, again, asked_at)
     return known
@@ -159,6 +168,11 @@ def _next(task: _Task, journal: Journal, past: Journal, folder: Path) -> None:
     check_same(lasting if task.refresh else task.facts, rounds[-1].facts, folder)
     known = read_known(past, task.identity.paid)
     generation = rounds[-1].generation + 1
+    if generation > MAX_GENERATION:
+        raise UserError(
+            f"{folder}: has had {MAX_GENERATION} refresh rounds, and shards have no names for more. "
+            "Cache into another folder with --set out=FOLDER."
+        )
     wanted = _checked(task.samples(generation), known)
     if task.refresh:
         outdated = {one.generation for one in rounds if any(one.facts[name] != task.facts[name] for name in TEACHER)}

@@ -21,7 +21,7 @@ class TrafficConfig(Config):
     attempts: int = Field(
         default=6, ge=1, le=100, description="tries of what may be tried again: reading, and orders that did not arrive"
     )
-    longest_wait_s: float = Field(default=60.0, gt=0, description="between two tries, whatever Retry-After says")
+    longest_wait_s: float = Field(default=300.0, gt=0, description="between two tries, whatever Retry-After says")
     max_video_mb: float = Field(default=2048.0, gt=0, description="a larger download is broken off")
 
 

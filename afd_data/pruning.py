@@ -13,7 +13,7 @@ from afd_data.examples import read_places
 from afd_data.files import one_writer
 from afd_data.index import update_index
 from afd_data.journal import LOCK
-from afd_data.leases import live_generations
+from afd_data.leases import live_generations, live_shards
 from afd_data.origin import publish, remove, sizes
 from afd_data.origin_record import read_origin
 from afd_data.shards import MANIFEST, Manifest, Shard, read_manifest, write_manifest
@@ -55,6 +55,8 @@ def prune_held(folder: Path, keep_generations: int, now: float | None = None) ->
 def prunable(folder: Path, keep_generations: int, now: float | None = None) -> list[Shard]:
     """Shards without a sample in the view of the newest `keep_generations` generations or of any with a live lease.
 
+    Nor those that a lease names: of a generation that got samples later, a trainer reads what it had before.
+
     `now`: seconds since 1970.  Raises UserError when the index or a tar that it lacks is damaged.
     """
     assert keep_generations >= 1, keep_generations
@@ -63,7 +65,7 @@ def prunable(folder: Path, keep_generations: int, now: float | None = None) -> l
     views = {*range(max(0, newest - keep_generations + 1), newest + 1), *live_generations(folder, now)}
     if views >= set(range(newest + 1)):
         return []
-    seen = {
+    seen = live_shards(folder, now) | {
         place.shard.file
         for split in manifest.samples()
         for generation in views

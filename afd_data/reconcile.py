@@ -1,27 +1,46 @@
-"""What became of orders whose outcome is unknown: asking the provider, and a person's decision to order again.
+"""What became of orders whose outcome is unknown: the provider is asked.
 
-An order carries a token that the provider echoes.  One that the provider lists goes on with its job; one that it does
-not list although it lists everything from before the order on was never taken, which only a person turns into a new
-order (`resubmit`).
+A job whose id is known is asked about itself.  Any other order carries a token that the provider echoes: one that the
+provider lists goes on with its job, and one that it does not list, although it lists everything from before the order
+on, was never taken, which only a person turns into a new order (`resubmit`).
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from afd_data.errors import UserError
 from afd_data.files import one_writer
-from afd_data.journal import JOURNAL, LOCK, Journal, Row
+from afd_data.journal import JOURNAL, LOCK, Attempt, Journal, Row
 from afd_data.partition import parts_of
-from afd_data.states import LOST
-from afd_data.teachers import Job, Listing, Teacher, order_token
+from afd_data.plan import canonical_json
+from afd_data.refresh import AGAIN
+from afd_data.teachers import (
+    FailedError,
+    Identity,
+    Job,
+    Listing,
+    LostError,
+    RefusedError,
+    Teacher,
+    UnreachableError,
+    order_token,
+)
+
+log = logging.getLogger(__name__)
 
 ABSENT = "absent"  # first word of the reason of an order that was provably not taken
+GIVEN_UP = "given up"  # first words of the reason of a sample that a person no longer waits for
+SETTLED = (ABSENT, AGAIN, GIVEN_UP)  # first words of reasons of orders that need not be asked about any more
+NOTHING = "nothing is unknown"
 CLOCKS_S = 300.0  # how far the provider's clock may be off
+READINGS = 2  # of the provider's list, before anything is called absent: what changes meanwhile may hide a job
 
 
 @dataclass
@@ -43,54 +62,112 @@ class Reconciled:
             (self.found, "found: `afd cache-teacher` goes on with their jobs"),
             (self.absent, "absent: never taken, not charged; `afd cache resubmit --absent` orders them again"),
             (self.young, f"ordered less than {self.grace_s / 60:g} minutes ago and not listed yet: try again later"),
-            (self.open, "still unknown: their jobs are no longer listed; look at the provider's own list"),
+            (
+                self.open,
+                "still unknown: no longer listed, or ordered with other teacher settings; look at its own list",
+            ),
         )
         lines = [line for keys, text in what if keys for line in (f"{len(keys)} {text}", *(f"  {key}" for key in keys))]
-        return "\n".join(lines) or "nothing is unknown"
+        return "\n".join(lines) or NOTHING
 
 
 def reconcile(folder: Path, teacher: Teacher, grace_s: float = 900.0) -> Reconciled:
     """Ask the provider for its jobs and settle what is `unknown` in a cache and its parts.
 
-    An order younger than `grace_s` is not called absent: listings lag behind.
+    A job whose id is known is asked about itself; other orders are looked for in the provider's list.  One younger than
+    `grace_s` is not called absent: listings lag behind.
     Raises UserError: no cache, a running process, a provider that lists no jobs or not that far back.
     """
     result = Reconciled(grace_s=grace_s)
+    unlisted: list[str] = []
     for own in journal_folders(folder):
-        with _writing(own) as journal:
-            _reconcile(journal, teacher, grace_s, result)
+        with writing(own) as journal:
+            lost = _ask_about_jobs(journal, teacher, result)
+            if isinstance(teacher, Listing):
+                _look_for_orders(journal, lost, teacher, grace_s, result)
+            else:
+                result.open += [row.key for row, attempt in lost if attempt.job_id]
+                unlisted += [row.key for row, attempt in lost if not attempt.job_id]
+    if unlisted:
+        raise UserError(
+            f"{result.text()}\n".removeprefix(f"{NOTHING}\n")
+            + f"teacher {teacher.identity.name}: this provider lists no jobs, so nothing can be told about "
+            f"{len(unlisted)} orders. Look at its own list (the token of an order is afd- and 40 digits of its "
+            "fingerprint), then decide with `afd cache resubmit` or `afd cache give-up`."
+        )
     return result
 
 
-def _reconcile(journal: Journal, teacher: Teacher, grace_s: float, result: Reconciled) -> None:
-    now = time.time()
-    unknown = [(row, *_last_attempt(journal, row)) for row in journal.rows(states=("unknown",))]
-    unknown = [(row, job_id, asked_at) for row, job_id, asked_at in unknown if not row.reason.startswith(ABSENT)]
-    if not unknown:
+def _ask_about_jobs(journal: Journal, teacher: Teacher, result: Reconciled) -> list[tuple[Row, Attempt]]:
+    """Orders whose job is not known, or known to nobody any more; jobs that there are go on."""
+    unknown = [row for row in journal.rows(states=("unknown",)) if not row.reason.startswith(SETTLED)]
+    foreign = _foreign_rounds(journal, teacher.identity)
+    result.open += [row.key for row in unknown if row.generation in foreign]
+    lost = []
+    for row in unknown:
+        if row.generation in foreign:
+            continue
+        attempt = journal.last_attempt(row.fingerprint)
+        try:
+            known = bool(attempt.job_id) and _is_known(teacher, attempt.job_id)
+        except UnreachableError as error:
+            log.warning("%s: its job cannot be asked about now: %s", row.key, error)
+            result.open.append(row.key)
+            continue
+        if known:
+            journal.move(row.id, "submitted", job_id=attempt.job_id)
+            result.found.append(row.key)
+        else:
+            lost.append((row, attempt))
+    return lost
+
+
+def _is_known(teacher: Teacher, job_id: str) -> bool:
+    """Whether the provider has the job, however it stands.  Raises UnreachableError, UserError."""
+    try:
+        teacher.poll(job_id)
+    except LostError:
+        return False
+    except (RefusedError, FailedError):  # the next run writes it down
+        return True
+    return True
+
+
+def _look_for_orders(
+    journal: Journal, lost: list[tuple[Row, Attempt]], teacher: Listing, grace_s: float, result: Reconciled
+) -> None:
+    if not lost:
         return
-    if not isinstance(teacher, Listing):
-        raise UserError(
-            f"teacher {teacher.identity.name}: this provider lists no jobs, so nothing can be told about "
-            f"{len(unknown)} orders. Look at its own list (the token of an order is afd- and 40 digits of its "
-            "fingerprint), then decide with `afd cache resubmit`."
-        )
+    now = time.time()
     # Where the job is known, nothing follows from its absence: an old one need not be within the provider's list.
-    oldest = min([asked_at for _, job_id, asked_at in unknown if not job_id] or [asked_at for *_, asked_at in unknown])
+    oldest = min(attempt.intent_at for _, attempt in [one for one in lost if not one[1].job_id] or lost)
     earlier = _earlier_jobs(journal)
-    listed = _by_token(job for job in teacher.jobs(oldest - CLOCKS_S) if job.job_id not in earlier)
-    for row, job_id, asked_at in unknown:
+    listed: dict[str, Job] = {}
+    for _ in range(READINGS):
+        jobs = [job for job in teacher.jobs(oldest - CLOCKS_S) if job.job_id not in earlier]
+        listed = _by_token([*listed.values(), *jobs])
+        if all(order_token(row.fingerprint) in listed for row, _ in lost):
+            break
+    for row, attempt in lost:
         job = listed.get(order_token(row.fingerprint))
         if job is not None:
             journal.move(row.id, "submitted", job_id=job.job_id)
             result.found.append(row.key)
-        elif job_id:
+        elif attempt.job_id:
             result.open.append(row.key)
-        elif asked_at > now - grace_s:
+        elif attempt.intent_at > now - grace_s:
             result.young.append(row.key)
         else:
             reason = f"{ABSENT}: the provider lists no such order (asked {time.strftime('%Y-%m-%d %H:%M')})"
             journal.note(row.id, reason, cost=0.0)
             result.absent.append(row.key)
+
+
+def _foreign_rounds(journal: Journal, identity: Identity) -> set[int]:
+    """Rounds whose jobs this teacher must not be handed."""
+    own = {"teacher": identity.name, "teacher_version": identity.version, "settings": identity.settings}
+    own = json.loads(canonical_json(own))
+    return {one.generation for one in journal.rounds() if any(one.facts[name] != own[name] for name in own)}
 
 
 def _by_token(jobs: Iterable[Job]) -> dict[str, Job]:
@@ -109,58 +186,11 @@ def _earlier_jobs(journal: Journal) -> set[str]:
     return {job_id for (job_id,) in journal.select(f"SELECT job_id FROM requests WHERE id NOT IN ({last})")}
 
 
-def _last_attempt(journal: Journal, row: Row) -> tuple[str, float]:
-    query = "SELECT job_id, intent_at FROM requests WHERE fingerprint = ? ORDER BY id DESC LIMIT 1"
-    return journal.select(query, (row.fingerprint,))[0]
-
-
-def resubmit(
-    folder: Path, keys: Sequence[str] = (), states: Sequence[str] = (), absent: bool = False, sure: bool = False
-) -> list[str]:
-    """Plan samples again that ended without a video; returns their keys.  The next run asks for them.
-
-    keys: those samples; states: all in these states; absent: those that `reconcile` found were never taken.  What the
-    teacher may have charged before is planned only when `sure`.
-    Raises UserError: no cache, a running process, no such key, or what may be charged twice.
-    """
-    with ExitStack() as opened:
-        chosen: list[tuple[Journal, Row]] = []
-        for own in journal_folders(folder):
-            journal = opened.enter_context(_writing(own))
-            chosen += [(journal, row) for row in journal.rows(states=LOST) if _chosen(row, keys, states, absent)]
-        if missing := set(keys) - {row.key for _, row in chosen}:
-            raise UserError(
-                f"{folder}: no sample that ended without a video is called {', '.join(sorted(missing)[:5])}; "
-                "`afd cache status` lists them. Nothing was changed."
-            )
-        twice = [row.key for journal, row in chosen if _may_be_charged(journal, row)]
-        if twice and not sure:
-            raise UserError(
-                f"{len(twice)} of these may have been charged already, such as {', '.join(twice[:5])}: "
-                "`afd cache reconcile` tells for some providers; --yes orders them again all the same. "
-                "Nothing was changed."
-            )
-        for journal, row in chosen:
-            journal.move(row.id, "planned")
-        return [row.key for _, row in chosen]
-
-
 @contextmanager
-def _writing(folder: Path) -> Iterator[Journal]:
+def writing(folder: Path) -> Iterator[Journal]:
     """The journal of a cache in which nobody else writes.  Raises UserError where somebody does."""
     with one_writer(folder / LOCK, f"cache {folder}"), closing(Journal(folder / JOURNAL)) as journal:
         yield journal
-
-
-def _chosen(row: Row, keys: Sequence[str], states: Sequence[str], absent: bool) -> bool:
-    return row.key in keys or row.state in states or (absent and row.reason.startswith(ABSENT))
-
-
-def _may_be_charged(journal: Journal, row: Row) -> bool:
-    """Whether the last attempt cost something, or may have."""
-    query = "SELECT cost, estimate FROM requests WHERE fingerprint = ? ORDER BY id DESC LIMIT 1"
-    cost, estimate = journal.select(query, (row.fingerprint,))[0]
-    return (row.state == "unknown" and cost is None) or (estimate if cost is None else cost) > 0
 
 
 def journal_folders(folder: Path) -> list[Path]:

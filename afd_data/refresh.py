@@ -17,6 +17,7 @@ from afd_data.margins import Margin
 from afd_data.plan import Planned
 
 DAY_S = 86400.0
+AGAIN = "again"  # first word of the reason of a sample without a video that a person wants asked for in a new round
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class Known:
     """What became of a key so far.
 
     generation: the newest round that asked for it; video_generation: of the video that is in view, None without one;
-    lost: that newest round brought no video; again: it failed and cost nothing;
+    lost: that newest round brought no video; again: it failed and cost nothing, or a person wants it again;
     asked_at: when that round began, or when the video in view was made, whichever is later (seconds since 1970).
     """
 

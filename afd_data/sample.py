@@ -2,8 +2,8 @@
 
 A sample is `KEY.mp4` + `KEY.json` in a tar.  Readers of the ecosystem infer features from the first few samples and
 silently drop or zero what deviates later, so the members and the JSON keys never vary, a float is always a float, and
-whatever is free-form travels as one JSON *string*.  Nothing here depends on when a sample was made: the same request
-gives the same bytes (the time stands in the tar header's mtime).
+whatever is free-form travels as one JSON *string*.  The time stands in the tar header's mtime, so that for a free
+teacher the same request gives the same bytes; what a provider tells of its job (id, time, cost) is that job's alone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ SCHEMA_VERSION = 1
 MEMBERS = ("mp4", "json")
 SPLITS = ("train", "validation", "test")
 KEY = re.compile(r"[a-z0-9_-]{1,120}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+DISTILLATION = ("allowed", "disallowed", "unknown")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def sample_key(prompt_id: str, take: int) -> str:
 def parse_sample(data: bytes, where: str) -> Sample:
     """Read a JSON member that a stranger may have written.
 
-    Raises UserError naming `where` when the schema version, the set of keys, a type or the key alphabet is off.
+    Raises UserError naming `where` when the schema version, the set of keys, a type, the key or a fixed word is off.
     """
     try:
         record = json.loads(data)
@@ -93,6 +95,10 @@ def parse_sample(data: bytes, where: str) -> Sample:
     if not KEY.fullmatch(sample.key) or sample.split not in SPLITS:
         raise UserError(f"{where}: bad key {sample.key!r} or split {sample.split!r}")
     _check_storable(sample, where)
+    if not KEY.fullmatch(sample.prompt_id) or sample.key != f"{sample.prompt_id}-{sample.take:02d}":
+        raise UserError(f"{where}: key {sample.key!r} is not of take {sample.take} of prompt {sample.prompt_id!r}")
+    if sample.distillation not in DISTILLATION:
+        raise UserError(f"{where}: distillation is {sample.distillation!r}, not {', '.join(DISTILLATION)}")
     return sample
 
 

@@ -4,11 +4,13 @@ A sample is decided when every earlier one has come to an end.  Therefore it dep
 request was quicker, which of two twins stays and which samples share a shard.
 The order on disk: tar, manifest, journal, and only then is the spool emptied; `Sealer.recover` finishes what a crash
 left between any two of them.  A refresh round becomes data when all of it has come to an end, by the manifest's
-`generation`.  Where the cache has an origin, everything is sent there after that, and the tar dropped here.
+`generation`.  Where the cache has an origin, everything is sent there every PUBLISH_S and at the end, and the tars are
+dropped here: index and manifest, which grow, are sent whole each time.
 """
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from afd_data.config import CacheConfig
 from afd_data.errors import UserError
 from afd_data.files import PART
 from afd_data.index import update_index
-from afd_data.journal import Journal, Round, Row
+from afd_data.journal import Journal, Row
 from afd_data.origin import address, publish, sizes, whole
 from afd_data.origin_record import read_origin
 from afd_data.pruning import remove_pruned
@@ -32,6 +34,8 @@ from afd_data.shards import (
 )
 from afd_data.spool import Spool
 from afd_data.states import OPEN
+
+PUBLISH_S = 300.0
 
 
 class Sealer:
@@ -47,6 +51,7 @@ class Sealer:
         self._decided = 0  # id of the last sample of the plan that was decided
         self._taken: dict[tuple[str, int], list[Row]] = defaultdict(list)  # (split, generation) -> not sealed yet
         self._taken_bytes: dict[tuple[str, int], int] = defaultdict(int)
+        self._published = time.monotonic()
 
     # After a crash
 
@@ -104,7 +109,7 @@ class Sealer:
         for shard in self.manifest.shards:
             if heard.pop(shard.file, 0) == shard.samples:
                 continue
-            with whole(self.folder, shard.file) as path:
+            with whole(self.folder, shard) as path:
                 entries = scan_shard(path)
             for entry in entries:
                 found = self._journal.select(
@@ -142,21 +147,19 @@ class Sealer:
         for split, generation in sorted(self._taken):
             self._seal(split, generation)
         rounds = self._journal.rounds()
-        if rounds and is_over(self._journal, rounds[-1].generation):
-            self._complete(rounds[-1])
-
-    def _complete(self, newest: Round) -> None:
-        if self.manifest.generation < newest.generation:
-            self.manifest = replace(self.manifest, generation=newest.generation)
+        over = bool(rounds) and is_over(self._journal, rounds[-1].generation)
+        if over and self.manifest.generation < rounds[-1].generation:
+            self.manifest = replace(self.manifest, generation=rounds[-1].generation)
             write_manifest(self.folder, self.manifest)
-            self._publish()
-        if not newest.finished_at:
-            self._journal.finish_round(newest.generation)
+        self._publish()
+        if over and not rounds[-1].finished_at:
+            self._journal.finish_round(rounds[-1].generation)
 
     def _publish(self) -> None:
         if read_origin(self.folder) is not None:
             update_index(self.folder)
             publish(self.folder)
+        self._published = time.monotonic()
 
     def _reject_twin(self, row: Row) -> bool:
         bits = self._config.near_duplicate
@@ -194,7 +197,8 @@ class Sealer:
         self._journal.flush()
         for row in rows:
             self._spool.drop((row.generation, row.key))
-        self._publish()
+        if time.monotonic() - self._published >= PUBLISH_S:
+            self._publish()
 
 
 def is_over(journal: Journal, generation: int) -> bool:

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from afd_data.errors import UserError
 from afd_data.files import atomic_write
-from afd_data.origin import address, read_range
-from afd_data.shards import MAX_BYTES
+from afd_data.members import read_member_at
 from afd_data.video import read_video
 
 FRAMES = 8
@@ -32,7 +30,7 @@ def write_sheet(folder: Path, rows: Sequence[dict], out: Path) -> None:
         draw.text(
             (2, line * line_px), f"{row['key']}  {' '.join(row['prompt'].split())}"[:150], fill="black", font=font
         )
-        frames = read_video(_video(folder, row), "pyav", row["key"]).frames
+        frames = read_video(read_member_at(folder, row, "mp4"), "pyav", row["key"]).frames
         for column, index in enumerate(np.linspace(0, len(frames) - 1, FRAMES).round().astype(int)):
             scale = CELL_PX / max(frames.shape[1:3])
             size = (max(1, round(frames.shape[2] * scale)), max(1, round(frames.shape[1] * scale)))
@@ -44,17 +42,3 @@ def write_sheet(folder: Path, rows: Sequence[dict], out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as file:
         file.write(data.getvalue())
-
-
-def _video(folder: Path, row: dict) -> bytes:
-    """Raises UserError when the index, which a stranger may have written, points outside the tar."""
-    where, offset, size = address(folder, row["shard"]), row["mp4_offset"], row["mp4_size"]
-    data = b""
-    if offset >= 0 and 0 <= size <= MAX_BYTES["mp4"]:
-        try:
-            data = read_range(folder, row["shard"], offset, size)
-        except OSError as error:
-            raise UserError(f"{where}: cannot be read ({error.strerror}). Run `afd cache verify`.") from None
-    if len(data) != size:
-        raise UserError(f"{where}: truncated in {row['key']}.mp4, or the index is wrong. Run `afd cache verify`.")
-    return data

@@ -6,6 +6,7 @@ The video track is copied packet by packet, never encoded again; the same files 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from fractions import Fraction
 from heapq import merge
 from pathlib import Path
@@ -17,6 +18,7 @@ from av.audio.stream import AudioStream
 from av.container import InputContainer
 
 from afd_data.files import whole_file
+from afd_data.opening import open_video
 from afd_data.video import MP4_OPTIONS, main_track
 
 RATE = 48_000  # samples per second of what is written
@@ -25,7 +27,7 @@ FRAME_SAMPLES = 1024  # AAC's
 
 def has_sound(path: Path) -> bool:
     """Whether a file has a sound track.  Raises FFmpegError when it is no media file."""
-    with av.open(str(path), "r") as container:
+    with open_video(path) as container:
         return bool(container.streams.audio)
 
 
@@ -37,7 +39,8 @@ def drop_sound(path: Path) -> None:
 def add_sound(path: Path, source: Path, start_s: float, duration_s: float) -> None:
     """Give the mp4 `path` the sound of `source` from `start_s` after its first frame, as AAC.
 
-    Where the source has no sound, nothing is done.  What it lacks at the end, or holds damaged, is silence.
+    Where the source has no sound that can be decoded, nothing is done.  What it lacks at the end, or holds damaged, is
+    silence.
     """
     samples = _samples(source, start_s, round(duration_s * RATE))
     if samples is not None:
@@ -47,7 +50,7 @@ def add_sound(path: Path, source: Path, start_s: float, duration_s: float) -> No
 def _mux(path: Path, samples: np.ndarray | None) -> None:
     with (
         whole_file(path) as part,
-        av.open(str(path), "r") as source,
+        open_video(path) as source,
         av.open(str(part), "w", format="mp4", options=MP4_OPTIONS) as out,
     ):
         track = main_track(source, str(path))
@@ -79,11 +82,11 @@ def _encoded(stream: AudioStream, samples: np.ndarray, layout: str) -> Iterator[
 
 
 def _samples(source: Path, start_s: float, count: int) -> np.ndarray | None:
-    """float32 [channels (1 or 2), count] at RATE; None where there is no sound track."""
-    with av.open(str(source), "r") as container:
-        if not container.streams.audio:
+    """float32 [channels (1 or 2), count] at RATE; None where there is no sound track, or none that can be decoded."""
+    with open_video(source) as container:
+        stream = next((track for track in container.streams.audio if _is_decodable(track)), None)
+        if stream is None:
             return None
-        stream = container.streams.audio[0]
         picture = main_track(container, str(source))
         first_frame_s = float((picture.start_time or 0) * (picture.time_base or 0))
         samples = np.zeros((min(stream.channels, 2), count), np.float32)
@@ -97,10 +100,15 @@ def _samples(source: Path, start_s: float, count: int) -> np.ndarray | None:
         return samples
 
 
+def _is_decodable(stream: AudioStream) -> bool:
+    """Streams of a codec that FFmpeg does not know have no context, and damaged headers tell of no channels."""
+    return stream.codec_context is not None and stream.channels > 0
+
+
 def _pieces(container: InputContainer, stream: AudioStream, channels: int) -> Iterator[tuple[float, np.ndarray]]:
     """(seconds, float32 [channels, n] at RATE) from there on.  Damaged sound is no reason to lose a video: skipped."""
     resampler = av.AudioResampler("fltp", "stereo" if channels == 2 else "mono", RATE)
-    for packet in container.demux(stream):
+    for packet in _packets(container, stream):
         try:
             pieces = [piece for frame in packet.decode() for piece in resampler.resample(frame)]
         except (av.error.FFmpegError, ValueError):
@@ -108,3 +116,9 @@ def _pieces(container: InputContainer, stream: AudioStream, channels: int) -> It
         for piece in pieces:
             if piece.pts is not None and piece.time_base is not None:
                 yield float(piece.pts * piece.time_base), piece.to_ndarray()
+
+
+def _packets(container: InputContainer, stream: AudioStream) -> Iterator[av.Packet]:
+    """Up to where the file cannot be read any further."""
+    with suppress(av.error.FFmpegError):
+        yield from container.demux(stream)

@@ -1,7 +1,7 @@
 """The spool: finished videos that are not in a shard yet, each durable on its own.
 
 `spool/gGGGG-KEY.mp4` and `.json` lie there complete or not at all; the JSON comes last, so a sample counts as spooled
-when its JSON is there.  `*.part.mp4` is where a teacher writes.
+when its JSON is there.  A *bare* mp4 is one whose run died before that.  `*.part.mp4` is where a teacher writes.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import os
 from pathlib import Path
 
 from afd_data.errors import UserError
-from afd_data.files import PART, atomic_write, fsync
+from afd_data.files import PART, atomic_write, file_sha256, fsync
 from afd_data.plan import Planned
 from afd_data.sample import Sample, parse_sample
 from afd_data.shards import Content
 
+DRAFT = ".part.mp4"
 DOWNLOAD = ".download"  # what a teacher got, beside its `*.part.mp4`, before it is brought to what was asked for
 
 
@@ -40,12 +41,14 @@ class Spool:
         return mp4.stat().st_mtime
 
     def find(self, planned: Planned) -> Sample | None:
-        """The sample, if it lies here complete and answers this very request."""
-        json_path = self.path(planned, "json")
-        if not (json_path.exists() and self.path(planned, "mp4").exists()):
+        """The sample, if it lies here complete and undamaged and answers this very request."""
+        json_path, mp4_path = self.path(planned, "json"), self.path(planned, "mp4")
+        try:
+            sample = parse_sample(json_path.read_bytes(), str(json_path))
+            whole = sample.fingerprint == planned.fingerprint and sample.video_sha256 == file_sha256(mp4_path)
+        except (FileNotFoundError, UserError):
             return None
-        sample = parse_sample(json_path.read_bytes(), str(json_path))
-        return sample if sample.fingerprint == planned.fingerprint else None
+        return sample if whole else None
 
     def read(self, planned: Planned, created_at: float) -> Content:
         """The bytes to seal.  Raises UserError when the files are gone or have changed since they were spooled."""
@@ -64,7 +67,12 @@ class Spool:
 
     def names(self) -> list[tuple[int, str]]:
         """(generation, key) of everything that lies here complete."""
-        return [(int(path.stem[1:5]), path.stem[6:]) for path in sorted(self.folder.glob("g????-*.json"))]
+        return [_name(path) for path in sorted(self.folder.glob("g????-*.json"))]
+
+    def bare(self) -> list[tuple[int, str]]:
+        """(generation, key) of every complete video without its JSON."""
+        found = (path for path in sorted(self.folder.glob("g????-*.mp4")) if not path.name.endswith(DRAFT))
+        return [_name(path) for path in found if not path.with_suffix(".json").exists()]
 
     def drop(self, name: tuple[int, str]) -> None:
         """Remove whatever lies here of a sample; name: (generation, key)."""
@@ -75,9 +83,12 @@ class Spool:
     def sweep(self) -> None:
         """Remove what a killed process left half written."""
         for path in sorted(self.folder.iterdir()):
-            half = path.suffix == ".mp4" and not path.with_suffix(".json").exists()
-            if half or path.suffix in (PART, DOWNLOAD):
+            if path.name.endswith((DRAFT, PART, DOWNLOAD)):
                 path.unlink()
+
+
+def _name(path: Path) -> tuple[int, str]:
+    return int(path.stem[1:5]), path.stem[6:]
 
 
 START_AGAIN = "Remove the cache and run again, or cache into another folder with --set out=FOLDER."

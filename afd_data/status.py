@@ -10,6 +10,7 @@ from afd_data.errors import UserError
 from afd_data.files import is_held
 from afd_data.journal import JOURNAL, LOCK, Journal, open_journal
 from afd_data.partition import parts_of
+from afd_data.reconcile import GIVEN_UP
 from afd_data.shards import MANIFEST, Manifest, read_manifest
 from afd_data.states import LOST, OPEN, TRANSITIONS
 
@@ -92,9 +93,10 @@ def lost_kinds(journal: Journal) -> Counter[str]:
 def _lost_lines(journal: Journal) -> list[str]:
     kinds = lost_kinds(journal)
     lines = [f"{count} x {kind}" for kind, count in kinds.most_common()]
-    # Every unknown one is listed: each may be a bill.
-    unknown = journal.select("SELECT key, prompt, reason FROM samples WHERE state = 'unknown' ORDER BY id")
-    query = f"SELECT key, prompt, reason {_LOST} AND state != 'unknown' ORDER BY state, id LIMIT ?"
+    # Every unknown one is listed, as each may be a bill, but those that a person has looked at and given up.
+    asked = f"state = 'unknown' AND reason NOT LIKE '{GIVEN_UP}:%'"
+    unknown = journal.select(f"SELECT key, prompt, reason FROM samples WHERE {asked} ORDER BY id")
+    query = f"SELECT key, prompt, reason {_LOST} AND NOT ({asked}) ORDER BY state, id LIMIT ?"
     others = journal.select(query, (*LOST, LISTED))
     lines += [f"  {key} {prompt[:60]!r}: {reason}" for key, prompt, reason in [*unknown, *others]]
     more = sum(kinds.values()) - len(unknown) - len(others)

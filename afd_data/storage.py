@@ -7,7 +7,10 @@ since addresses are written down.  What a client raises becomes a UserError that
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import secrets
+import shutil
 import time
 from collections.abc import Callable
 from functools import lru_cache
@@ -16,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from urllib.parse import urlsplit
 
 from afd_data.errors import UserError
-from afd_data.files import file_sha256
+from afd_data.files import atomic_write, file_sha256, fsync
 
 if TYPE_CHECKING:
     import fsspec
@@ -34,7 +37,10 @@ def checked_url(source: str) -> str:
 
     Raises UserError: not PROTOCOL://PLACE, or it carries a login, a query or a fragment.
     """
-    parts = urlsplit(source)
+    try:
+        parts = urlsplit(source)
+    except ValueError as error:
+        raise UserError(f"{shown(source)}: not an address ({error})") from None
     if "::" in source or not re.fullmatch(r"[a-z][a-z0-9+]*", parts.scheme) or not (parts.netloc or parts.path):
         raise UserError(f"{shown(source)}: not an address such as s3://BUCKET/NAME or hf://datasets/OWNER/NAME")
     if "@" in parts.netloc or parts.query or parts.fragment:
@@ -67,6 +73,7 @@ class Storage:
     def __init__(self, url: str) -> None:
         self.url = url
         self._fs, self._root = _opened(url)
+        self._local = url.startswith(("file://", "local://"))  # the others have no folders, and no half files
 
     def read(self, file: str, offset: int, size: int) -> bytes:
         """Bytes [offset, offset + size) of a file; fewer where it ends before."""
@@ -76,12 +83,15 @@ class Storage:
             lambda: cast(bytes, self._fs.cat_file(self._path(file), start=offset, end=offset + size, **plain))
         )
 
-    def fetch(self, file: str, target: Path) -> None:
-        """Copy a file to a local path, which is not whole until this returns."""
+    def fetch(self, file: str, target: Path, limit: int) -> None:
+        """Copy a file of at most `limit` bytes to a local path, which is not whole until this returns."""
 
         def copy() -> None:
+            size = self._fs.size(self._path(file))
+            if size is None or size > limit:
+                raise UserError(f"{self.url}/{file}: has {size} bytes, at most {limit} are fetched")
             self._fs.get_file(self._path(file), str(target))
-            if target.stat().st_size != (size := self._fs.size(self._path(file))):
+            if target.stat().st_size != size:
                 raise OSError(f"{target.stat().st_size} of {size} bytes arrived")
 
         self._tried(copy)
@@ -97,6 +107,16 @@ class Storage:
         self._tried(lambda: self._put(source, file), pauses=())
         if self.sha256(file) != wanted:
             raise UserError(f"{self.url}/{file}: arrived otherwise than it was sent. Run the same command again.")
+
+    def create(self, file: str, data: bytes) -> None:
+        """Write a small new file; of several who do so at once one succeeds where the place can tell them apart.
+
+        Raises FileExistsError.
+        """
+        if self.size(file) is not None:
+            raise FileExistsError(file)
+        self._tried(lambda: self._put_new(data, file), pauses=())
+        self.forget()
 
     def remove(self, file: str) -> None:
         """Remove a file; one that is not there is no error."""
@@ -138,10 +158,31 @@ class Storage:
         self._fs.invalidate_cache()
 
     def _put(self, source: Path, file: str) -> None:
-        if self.url.startswith(("file://", "local://")):  # the others have no folders
-            Path(self._path(file)).parent.mkdir(parents=True, exist_ok=True)
-        self._fs.put_file(str(source), self._path(file))
+        if self._local:
+            with atomic_write(self._made(file)) as target, open(source, "rb") as opened:
+                shutil.copyfileobj(opened, target)
+        else:
+            self._fs.put_file(str(source), self._path(file))
         self.forget()
+
+    def _put_new(self, data: bytes, file: str) -> None:
+        if not self._local:
+            self._fs.pipe_file(self._path(file), data, mode="create")
+            return
+        target = self._made(file)
+        part = target.with_name(f"{target.name}.{secrets.token_hex(4)}")
+        try:
+            part.write_bytes(data)
+            fsync(part)
+            os.link(part, target)  # fails where there is one
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _made(self, file: str) -> Path:
+        """The path of a file of a local place, in a folder that exists."""
+        path = Path(self._path(file))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
     def _path(self, file: str) -> str:
         return f"{self._root}/{file}"
@@ -150,7 +191,7 @@ class Storage:
         for pause in (*pauses, None):
             try:
                 return call()
-            except FileNotFoundError:
+            except (FileNotFoundError, FileExistsError, UserError):
                 raise
             except Exception as error:  # each client has errors of its own, with no ancestor in common
                 lasting = isinstance(error, LASTING) or type(error).__name__ in NO_CREDENTIALS

@@ -1,7 +1,7 @@
 """Sealed shards -> an endless stream of examples, in an order that any process can work out.
 
-A stream reads the view of one generation: the newest sample of every key among the rounds up to it.  The order is a
-function of (the samples of the view, seed, epoch): neither shards, ranks nor worker processes change it.
+A stream reads one view: the newest sample of every key among the shards that the view names.  The order is a function
+of (the samples of the view, seed, epoch): neither shards, ranks nor worker processes change it.
 Knows nothing of torch, devices or training.
 """
 
@@ -14,15 +14,14 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 
 from afd_data.config import StreamConfig, VideoConfig
 from afd_data.errors import UserError
-from afd_data.examples import Example, Memory, Reading, read_example, read_places
-from afd_data.leases import KEPT_S
-from afd_data.shards import read_manifest
+from afd_data.examples import Example, Memory, Reading, read_example
+from afd_data.view import View, newest_views, read_view
 
 AHEAD = 2  # examples that wait or are decoded per worker process
 
@@ -55,8 +54,8 @@ class Stream:
     `video`, where given, is what every clip must look like.  Without `decode`, clips are read and checked but have no
     frames: for training on cached latents.  Close it (or use `with`) when `config.workers` > 0.
     Rank r of n draws items r, r + n, r + 2 n ... of the endless order, so that ranks together read what one would.
-    `generation`: whose view is read, by default that of the newest complete round; what the cache gets later is read
-    after `switch` only.
+    `view`: what is read, by default all that the cache has now; what it gets later is read after `switch` only.
+    `shown`: shards that a recorded view showed, and must show again.
     Raises UserError: no samples, no such generation, an index that does not fit the manifest.
     """
 
@@ -70,7 +69,8 @@ class Stream:
         ranks: int = 1,
         video: VideoConfig | None = None,
         decode: bool = True,
-        generation: int | None = None,
+        view: View | None = None,
+        shown: Sequence[str] = (),
     ) -> None:
         self.config, self.split, self.seed, self.rank, self.ranks = config, split, seed, rank, ranks
         self._reading = Reading(folder, config.decoder, video, decode, config.disk_mb)
@@ -78,7 +78,17 @@ class Stream:
         self._pool: ProcessPoolExecutor | None = None
         self._ahead: deque[tuple[str, Future[Example] | None]] = deque()
         self.history: list[list[int]] = []  # [generation, examples that all ranks drew from its view] before this one
-        self._view(read_manifest(folder).generation if generation is None else generation, first_epoch=0)
+        self._read(view or newest_views(folder, [split])[split], 0, shown)
+
+    @property
+    def generation(self) -> int:
+        """Newest round of the view."""
+        return self.view.generation
+
+    @property
+    def shown(self) -> list[str]:
+        """Shards of which the view shows samples; the others that it names may be pruned."""
+        return sorted({place.shard.file for place in self.places.values()})
 
     @property
     def keys(self) -> list[str]:
@@ -101,20 +111,21 @@ class Stream:
         """The next `size` examples of this rank.  Raises UserError naming shard and key of what cannot be used."""
         return [self._next() for _ in range(size)]
 
-    def switch(self, generation: int) -> None:
-        """Go over to the view of another generation, all ranks at the same draw.  Raises UserError as the class does.
+    def switch(self, view: View) -> None:
+        """Go over to another view, all ranks at the same draw.  Raises UserError as the class does.
 
         Its epochs are counted on from those that were begun before, so that no two views begin in the same order.
         """
         drawn, samples = self.drawn * self.ranks, len(self.places)
         before = [self.generation, drawn]
-        self._view(generation, self.first_epoch + -(-drawn // samples))
+        self._read(view, self.first_epoch + -(-drawn // samples), ())
         self.history.append(before)
 
     def state_dict(self) -> dict:
         """JSON-able: how many examples all ranks have drawn, from which data, in which order."""
         return {
-            "generation": self.generation,
+            "view": asdict(self.view),
+            "shown": self.shown,
             "drawn": self.drawn * self.ranks,  # since the last switch
             "first_epoch": self.first_epoch,
             "history": [list(entry) for entry in self.history],
@@ -124,10 +135,9 @@ class Stream:
 
     def load_state_dict(self, state: Mapping) -> None:
         """Go on where `state` was taken.  Raises UserError when it belongs to other data or another seed."""
-        if state["generation"] != self.generation:
-            self._view(state["generation"], state["first_epoch"])
-        if state["data_sha256"] != self._digest():
-            self._check_not_pruned(self.generation)
+        view = View.recorded(state["view"])
+        if view != self.view or self.shown != state["shown"]:
+            self._read(view, state["first_epoch"], state["shown"])
         if (state["seed"], state["data_sha256"]) != (self.seed, self._digest()):
             raise UserError(
                 f"{self._reading.folder}: the {self.split} samples or the seed are not those that the interrupted run "
@@ -155,33 +165,15 @@ class Stream:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _view(self, generation: int, first_epoch: int) -> None:
-        """Begin to read the view of a generation; where it cannot be read, the stream stays as it was."""
-        folder = self._reading.folder
-        manifest = read_manifest(folder)
-        if generation > manifest.generation:
-            raise UserError(
-                f"{folder}: generation {generation} is not complete here, the newest is {manifest.generation}. "
-                "Restore the cache, or train into a new folder."
-            )
-        if not manifest.of(self.split, generation):
-            self._check_not_pruned(generation)
-        self.places = read_places(folder, self.split, generation)
-        self.generation, self.first_epoch, self.drawn = generation, first_epoch, 0
+    def _read(self, view: View, first_epoch: int, shown: Sequence[str]) -> None:
+        """Begin to read a view; where it cannot be read, the stream stays as it was."""
+        self.places, pinned = read_view(self._reading.folder, self.split, view, shown)
+        self._reading = replace(self._reading, pinned=pinned)
+        self.view, self.first_epoch, self.drawn = view, first_epoch, 0
         self._order = lru_cache(maxsize=2)(self._epoch_order)
         self._forget_ahead()
         # It goes by key, and a key's video may be another now.
         self._memory = Memory(self._memory.limit_bytes)
-
-    def _check_not_pruned(self, generation: int) -> None:
-        folder = self._reading.folder
-        taken = [s.file for s in read_manifest(folder).pruned if s.split == self.split and s.generation <= generation]
-        if taken:
-            raise UserError(
-                f"{folder}: {self.split} samples of generation {generation}, which the interrupted run reads, have "
-                f"been pruned ({len(taken)} shards, {taken[0]} among them); a stopped run's lease keeps them for "
-                f"{KEPT_S / 3600:g} hours. Train into a new folder."
-            )
 
     def _next(self) -> Example:
         if self.config.workers == 0:

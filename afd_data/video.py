@@ -7,7 +7,6 @@ rest (decord 0.6 cannot return frames 8, 12, 16, 24, 48 or 72 pixels wide, and p
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,11 +22,12 @@ from av.video.stream import VideoStream
 
 from afd_data.config import VideoConfig
 from afd_data.errors import UserError
+from afd_data.opening import Source, open_video, raise_if_local, readable
 
-Source = Path | bytes
 Decoder = Literal["auto", "decord", "pyav"]
 RGB_MATRIX, BT709 = 0, 1  # ITU-T H.273; BT.709 is 1 as matrix, as primaries and as transfer
 MP4_OPTIONS = {"movflags": "+faststart", "fflags": "+bitexact"}  # index first; without the muxer's version
+MAX_PIXELS = 2**30  # of all frames together: 3.2 GB decoded, five seconds of 3840 x 2160 at 24 fps
 DECORD_MIN_WIDTH = 100  # below it PyAV takes less time (0.9 against 1.7 ms for 12 frames of 32 x 32)
 
 
@@ -123,7 +123,7 @@ def probe(source: Source, name: str | None = None) -> Probe:
     """Facts of the main video track, without decoding.  Raises UserError naming the file and what is wrong with it."""
     name = name or _name(source)
     try:
-        with av.open(_opened(source), "r") as container:
+        with open_video(source) as container:
             stream = main_track(container, name)
             packets = sum(1 for _ in whole_packets(container, stream))
             context = stream.codec_context
@@ -140,6 +140,7 @@ def probe(source: Source, name: str | None = None) -> Probe:
     except (av.error.FFmpegError, OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
+        raise_if_local(source, error)
         raise UserError(f"{name}: {_diagnosis(source, error)}") from None
 
 
@@ -176,10 +177,10 @@ def read_video(source: Source, decoder: Decoder = "auto", name: str | None = Non
     facts = probe(source, name)
     if facts.frames == 0 or facts.fps <= 0:
         raise UserError(f"{name}: the video has no frames")
+    if facts.frames * facts.width * facts.height > MAX_PIXELS:
+        raise UserError(f"{name}: more than {MAX_PIXELS} pixels in its frames are not decoded. Make it smaller.")
     if facts.declared_frames > facts.frames:
-        raise UserError(
-            f"{name}: truncated: it declares {facts.declared_frames} frames and holds {facts.frames}. Copy it again."
-        )
+        raise UserError(f"{name}: truncated: it declares {facts.declared_frames} frames, only {facts.frames} are there")
     frames = None
     wanted = decoder == "decord" or (decoder == "auto" and facts.width >= DECORD_MIN_WIDTH)
     if wanted and facts.video_tracks == 1:
@@ -201,7 +202,7 @@ def _decord_frames(source: Source, name: str, required: bool) -> np.ndarray | No
         return None
     decord.logging.set_level(decord.logging.QUIET)
     try:
-        reader = decord.VideoReader(_opened(source), num_threads=1)
+        reader = decord.VideoReader(readable(source), num_threads=1)
         return reader.get_batch(range(len(reader))).asnumpy()
     except (decord.DECORDError, RuntimeError):
         return None
@@ -210,19 +211,20 @@ def _decord_frames(source: Source, name: str, required: bool) -> np.ndarray | No
 def _pyav_frames(source: Source, name: str) -> np.ndarray:
     """uint8 [F, H, W, 3] of the main video track."""
     try:
-        with av.open(_opened(source), "r") as container:
+        with open_video(source) as container:
             stream = main_track(container, name)
             converter = VideoReformatter()
-            frames = [upright_rgb(frame, converter) for frame in container.decode(stream)]
+            frames: list[np.ndarray] = []
+            for frame in container.decode(stream):
+                frames.append(upright_rgb(frame, converter))
+                if frames[-1].shape != frames[0].shape:  # at once: what follows may be of any size
+                    raise UserError(f"{name}: the size changes inside")
     except (av.error.FFmpegError, OSError) as error:
+        raise_if_local(source, error)
         raise UserError(f"{name}: {_diagnosis(source, error)}") from None
-    if len({frame.shape for frame in frames}) != 1:
-        raise UserError(f"{name}: no frame can be decoded" if not frames else f"{name}: the size changes inside")
+    if not frames:
+        raise UserError(f"{name}: no frame can be decoded")
     return np.stack(frames)
-
-
-def _opened(source: Source) -> str | io.BytesIO:
-    return io.BytesIO(source) if isinstance(source, bytes) else str(source)
 
 
 def _name(source: Source) -> str:

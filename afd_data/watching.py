@@ -15,27 +15,36 @@ LOOK_EVERY_S = 30.0  # at the clock while waiting: it may be set, and machines s
 
 
 def watch(
-    run_once: Callable[[], object],
+    run_once: Callable[[bool], object],
     schedule: str | None,
     stop: threading.Event | None = None,
     now: Callable[[], datetime] = datetime.now,
 ) -> None:
-    """Call `run_once` at every time of `schedule`, until `stop` is set or Ctrl-C is pressed while waiting.
+    """Call `run_once(True)` at every time of `schedule`, until `stop` is set or Ctrl-C is pressed while waiting.
 
-    What became due while a run took its time, or before the call, is left out.  A UserError of a run is logged and the
+    At the start `run_once(False)`, which finishes what is unfinished and refreshes nothing: however often a watch is
+    started again, no round is bought but those of the schedule.  What became due while a run took its time, or before
+    the call, is left out, and no time comes twice when clocks are set back.  A UserError of a run is logged and the
     next run comes at its time; anything else, Ctrl-C during a run too, ends the watch.
     now: the local time, without a zone.  Raises UserError: no schedule, or one that is no cron expression or never due.
     """
     stop = stop or threading.Event()
+    due = datetime.min
+    next_time(schedule, now())  # before hours of work: is it one?
+    _tried(run_once, False)
     while True:
-        due = next_time(schedule, now())
+        due = next_time(schedule, max(now(), due))
         log.info("next refresh: %s", due.strftime("%A %Y-%m-%d %H:%M"))
         if not _wait(due, stop, now):
             return
-        try:
-            run_once()
-        except UserError as error:
-            log.error("%s", error)
+        _tried(run_once, True)
+
+
+def _tried(run_once: Callable[[bool], object], refresh: bool) -> None:
+    try:
+        run_once(refresh)
+    except UserError as error:
+        log.error("%s", error)
 
 
 def next_time(schedule: str | None, after: datetime) -> datetime:

@@ -34,7 +34,7 @@ def ask_all(asker: Asker, journal: Journal, sealer: Sealer, workers: int, progre
     if not total:
         log.info("nothing to ask for: every sample has come to an end")
     bar = progress_bar(total, "video", "cache-teacher", disable=not (progress and total), smoothing=0.05)
-    with bar, _stop_on_interrupt(asker.stop, bar.write), ThreadPoolExecutor(workers, "teacher") as pool:
+    with bar, _stop_on_interrupt(asker, bar.write), ThreadPoolExecutor(workers, "teacher") as pool:
         try:
             while work.hand_out(pool):
                 done, work.in_flight = wait(work.in_flight, timeout=COMMIT_EVERY_S, return_when=FIRST_COMPLETED)
@@ -45,7 +45,7 @@ def ask_all(asker: Asker, journal: Journal, sealer: Sealer, workers: int, progre
                 if not done:
                     journal.flush()
         except BaseException:
-            asker.stop.set()
+            asker.halt()
             raise
     journal.flush()
     if asker.stop.is_set():
@@ -70,7 +70,7 @@ class _Work:
         while self._next is not None and len(self.in_flight) < self._limit:
             if asker.stop.is_set() or asker.streak.broken:
                 break
-            if self._next.state == "planned" and not asker.budget.reserve(asker.estimate):
+            if self._next.state == "planned" and not asker.budget.reserve():
                 break  # what is in flight may turn out cheaper than reserved
             self.in_flight.add(pool.submit(asker.ask, self._next))
             self._next = next(self._pending, None)
@@ -87,22 +87,22 @@ class _Work:
         if self._next is not None:
             raise UserError(
                 f"stopped: {asker.budget.spent:.2f} are spent or reserved, and the next request (about "
-                f"{asker.estimate:.2f}) would exceed cache.max_cost={asker.budget.limit:g}. "
+                f"{asker.budget.price:.2f}) would exceed cache.max_cost={asker.budget.limit:g}. "
                 "Everything so far is kept; raise the limit and run the same command again."
             )
 
 
 @contextmanager
-def _stop_on_interrupt(stop: threading.Event, say: Callable[[str], object]) -> Iterator[None]:
+def _stop_on_interrupt(asker: Asker, say: Callable[[str], object]) -> Iterator[None]:
     """First Ctrl-C: finish what is in flight and stop.  Second: at once; the next run cleans up."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def on_interrupt(number: int, frame: object) -> None:
-        if stop.is_set():
+        if asker.stop.is_set():
             os._exit(INTERRUPTED)  # threads wait for the network; whatever they do may be cut off at any moment
-        stop.set()
+        asker.halt()
         say("Stopping after the videos in flight; the same command goes on from there. Ctrl-C again stops at once.")
 
     before = signal.signal(signal.SIGINT, on_interrupt)

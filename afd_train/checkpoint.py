@@ -8,9 +8,10 @@ and the sha256 of every file.  A folder under its final name is complete.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from afd_data.errors import UserError
 from afd_data.files import PART, atomic_folder, file_sha256
 from afd_train.parallel import Processes
 
-FORMAT = 3
+FORMAT = 4
+NAME = re.compile(r"step-(\d+)")
 
 
 @dataclass
@@ -101,7 +103,7 @@ def load_checkpoint(folder: Path, parts: Parts) -> dict[str, Any]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, the newest last."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir() and not path.suffix)
+    return sorted((path for path in folder.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()), key=step_of)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -110,12 +112,24 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def prune_checkpoints(folder: Path, keep: int) -> int:
-    """Delete all but the newest `keep`; returns the step of the oldest one that is left."""
-    found = checkpoints(folder)
-    for path in found[:-keep]:
+def step_of(checkpoint: Path) -> int:
+    """Steps done when it was saved."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def saved_states(folder: Path) -> list[dict[str, Any]]:
+    """As `read_state`, of all checkpoints in `folder` that can be gone on from, the newest last."""
+    states = []
+    for path in checkpoints(folder):
+        with suppress(UserError):
+            states.append(read_state(path))
+    return states
+
+
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep`."""
+    for path in checkpoints(folder)[:-keep]:
         shutil.rmtree(path)
-    return int(found[-keep:][0].name.removeprefix("step-"))
 
 
 def _advice(folder: Path) -> str:

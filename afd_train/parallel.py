@@ -82,6 +82,20 @@ class Processes:
         dist.broadcast(value, src=0)
         return int(value)
 
+    def agree_text(self, text: str) -> str:
+        """The main process's text, on all of them."""
+        if self.count == 1:
+            return text
+        data = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        size = self.agree(len(data))
+        shared = (data if self.main else torch.zeros(size, dtype=torch.uint8)).to(self.device)
+        dist.broadcast(shared, src=0)
+        return bytes(shared.tolist()).decode()
+
+    def all(self, answer: bool) -> bool:
+        """Whether all processes say so."""
+        return self.mean({"yes": float(answer)})["yes"] == 1.0
+
     def own(self, rows: Tensor) -> Tensor:
         """This process's rows of what `gather` returned."""
         return rows[self.index :: self.count]

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from afd_train.checkpoint import (
     prune_checkpoints,
     read_state,
     save_checkpoint,
+    saved_states,
 )
 from afd_train.config import LoraConfig, Recipe, TrainConfig
 from afd_train.feed import Feed
@@ -88,12 +88,16 @@ class Trainer:
         if recorded and self._finished(recorded["step"]):
             log.info(f"{self.folder}: done, after {recorded['step']} steps")
             return
-        self._open(recorded["data"]["generations"] if recorded else ())
+        self._place()
+        kept = [state["data"] for state in saved_states(self.folder / "checkpoints")]
+        self.feed = Feed(self._recipe, self.folder, self.student, self.processes, kept)
+        done = False
         try:
+            self._open()
             self._train(self._resume())
-            self.feed.release()
+            done = True
         finally:
-            self.feed.close()
+            self.feed.close(done)
 
     def _recorded(self) -> dict | None:
         """The state in the newest checkpoint; all of it is checked where there is nothing to go on with."""
@@ -109,13 +113,16 @@ class Trainer:
             )
         return load_state(self._checkpoint) if self._finished(state["step"]) else state
 
-    def _open(self, generations: Sequence[Sequence[int]]) -> None:
-        """Everything that a step needs; `generations` as the checkpoint records them."""
-        recipe, config = self._recipe, self.config
+    def _place(self) -> None:
+        """The student, where it is trained."""
+        config, net = self.config, self.student.net
         if not self.processes.sharded:  # a share of it goes to the GPU below, and no more
-            self.student.net.to(self.processes.device)
-        self.trainee = Trainee(self.student.net, config, self.processes, recipe.seed, policies_of(config.objective))
-        self.feed = Feed(recipe, self.folder, self.student, self.processes, generations)
+            net.to(self.processes.device)
+        self.trainee = Trainee(net, config, self.processes, self._recipe.seed, policies_of(config.objective))
+
+    def _open(self) -> None:
+        """Everything else that a step needs."""
+        recipe, config = self._recipe, self.config
         self.watch = Stopwatch()
         self.setup = Setup(
             student=self.student,
@@ -204,10 +211,11 @@ class Trainer:
         self._export("ema", "ema")
         if self.processes.main:
             margins.write(self.folder / MARGINS)
-        checkpoints = self.folder / "checkpoints"
-        save_checkpoint(checkpoints / f"step-{step:06d}", self._parts(), state, self.processes)
+        folder = self.folder / "checkpoints"
+        save_checkpoint(folder / f"step-{step:06d}", self._parts(), state, self.processes)
         if self.processes.main:
-            self.feed.keep_since(prune_checkpoints(checkpoints, self.config.keep_checkpoints))
+            prune_checkpoints(folder, self.config.keep_checkpoints)
+            self.feed.keep([state["data"] for state in saved_states(folder)])
 
     def _export(self, name: str, acting: Policy) -> None:
         """Write a policy as a student folder; but for the base, an adapted one is an adapter beside it."""

@@ -125,12 +125,29 @@ def resubmit(folder: Path, keys: tuple[str, ...], absent: bool, states: tuple[st
       afd cache resubmit OUT/cache p0123456789abcdef-00 --yes
       afd cache resubmit OUT/cache --state refused
     """
-    from afd_data.reconcile import resubmit
+    from afd_data.resubmit import resubmit
 
     if not (keys or absent or states):
         raise UserError("name samples, or use --absent or --state; `afd cache status` lists them")
     done = resubmit(folder, keys, states, absent, yes)
     click.echo(f"{len(done)} planned again" + ("; `afd cache-teacher` asks for them" if done else ""))
+
+
+@cache.command("give-up", short_help="Wait no longer for some videos.")
+@FOLDER
+@click.argument("keys", metavar="KEY...", nargs=-1, required=True)
+def give_up(folder: Path, keys: tuple[str, ...]) -> None:
+    """Wait no longer for samples whose job is under way or unknown: nothing behind them can be sealed before.
+
+    They are unknown from then on, no command asks about them, and their price stays reserved.  `afd cache resubmit`
+    orders them again.
+
+    \b
+      afd cache give-up OUT/cache p0123456789abcdef-00
+    """
+    from afd_data.resubmit import give_up
+
+    click.echo(f"{len(give_up(folder, keys))} given up")
 
 
 @cache.command(short_help="Remove generations nobody reads.")
@@ -159,7 +176,7 @@ def prune(folder: Path, keep: int, dry_run: bool) -> None:
     "--near-duplicate",
     type=click.IntRange(-1, 64),
     default=None,
-    help="As cache.near_duplicate; -1: keep what shows the same as another prompt's video.  Default: as planned, else 0.",
+    help="As cache.near_duplicate; -1: keep what shows what another prompt's video does. Default: as planned, else 0.",
 )
 @click.option("--storage", metavar="URL", default=None, help="Where the shards go, as cache.storage of the recipe.")
 def merge(sources: tuple[Path, ...], output: Path, near_duplicate: int | None, storage: str | None) -> None:

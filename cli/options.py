@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import click
+
+from afd_data.errors import UserError
 
 RECIPE_HELP = "RECIPE is a YAML file, or the name of a recipe that afd ships, such as quickstart."
 
@@ -28,6 +31,11 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(recipe_name: str, sets: tuple[str, ...], dry_run: bool, **others: Any) -> None:
         from afd_train.recipe import read_recipe
 
+        max_cost = others.pop("max_cost", None)  # of `cache-teacher`: a name for a value of the recipe
+        if max_cost is not None:
+            if not math.isfinite(max_cost):
+                raise UserError(f"--max-cost {max_cost}: give an amount; leave it out for no limit")
+            sets = (*sets, f"cache.max_cost={max_cost}")
         loaded = read_recipe(recipe_name, sets)
         if dry_run:
             from afd_train.dry_run import plan_text, recipe_text

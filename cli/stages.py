@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 
 import click
@@ -21,7 +19,6 @@ NAMES = ("cache-teacher", "train", "eval", "export")
 
 def cache_teacher(
     recipe,
-    max_cost: float | None = None,
     refresh: bool = False,
     watch: str | None = None,
     partition: str | None = None,
@@ -31,10 +28,6 @@ def cache_teacher(
     """Ask for what is missing, seal, and print the summary; the options are those of the command."""
     from afd_data.partition import Partition
 
-    if max_cost is not None:
-        if not math.isfinite(max_cost):
-            raise UserError(f"--max-cost {max_cost}: give an amount; leave it out for no limit")
-        recipe = recipe.model_copy(update={"cache": recipe.cache.model_copy(update={"max_cost": max_cost})})
     share = None if partition is None else Partition.parse(partition)
     if share is not None and (watch is not None or push_to_hub):
         raise UserError("--partition makes one share; --watch and --push-to-hub work on the merged cache")
@@ -49,13 +42,9 @@ def cache_teacher(
     if watch is None:
         once(refresh)
         return
-    from afd_data.watching import next_time
     from afd_data.watching import watch as keep_refreshing
 
-    schedule = watch or recipe.refresh.schedule
-    next_time(schedule, datetime.now())  # before hours of work: is it one?
-    once(True)
-    keep_refreshing(lambda: once(True), schedule)
+    keep_refreshing(once, watch or recipe.refresh.schedule)
 
 
 def _cache_once(recipe, refresh: bool, share) -> Path:

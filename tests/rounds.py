@@ -15,13 +15,16 @@ from afd_data.shards import Content, read_manifest, write_manifest, write_shard
 from afd_data.video import write_mp4
 
 
-def half_round(folder: Path, split: str, keys: Sequence[str], new_prompts: Sequence[str] = ()) -> int:
+def half_round(
+    folder: Path, split: str, keys: Sequence[str], new_prompts: Sequence[str] = (), late: bool = False
+) -> int:
     """Seal a shard of the next round and name it in the manifest; the round is not complete.  Returns its number.
 
     keys: whose videos are replaced, each by its negative; the new prompts' are copies of the first one's.
+    late: they belong to the newest complete round.
     """
     manifest = read_manifest(folder)
-    round_number = manifest.generation + 1
+    round_number = manifest.generation + (not late)
     places = read_places(folder, split)
     old = [_sample(folder, places[key], round_number) for key in keys]
     first = sorted(places)[0]

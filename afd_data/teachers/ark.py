@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from itertools import count
 
 from afd_data.config import VideoConfig
 from afd_data.errors import UserError
@@ -87,12 +88,16 @@ class Ark(Provider):
             raise UnreachableError(f"task {job_id} is {word!r}, which afd does not know")
         address = str(section(task, "content").get("video_url") or "")
         tokens, ended_at = number(section(task, "usage"), "completion_tokens"), seconds(task.get("updated_at"))
+        if STATES[word] == "failed" and not tokens:
+            cost = 0.0  # tokens are what is billed
+        else:
+            cost = None if tokens is None or not self._config.price_per_million_tokens else self._price(tokens)
         return Report(
             STATES[word],
             address,
             fetch_before=min(expiry(address), (ended_at or float("inf")) + DAY_S),
             created_at=seconds(task.get("created_at")),
-            cost=None if tokens is None or not self._config.price_per_million_tokens else self._price(tokens),
+            cost=cost,
             effective=told(task, ECHOED),
             error=task.get("error") or word,
         )
@@ -109,21 +114,31 @@ class Ark(Provider):
     def _jobs(self, since: float) -> Iterator[Job]:
         seen: set[str] = set()
         for tier in ("default", "flex"):  # the list leaves out other tiers than the one it is asked for
-            page, done = 0, False
-            while not done:
-                page += 1
+            before: list[Job | None] = []
+            for page in count(1):  # to the first empty one, however many tasks the service puts on a page
                 query = {"page_num": page, "page_size": PAGE, "filter.service_tier": tier}
-                answer = self.client.ask(TASKS, query)
-                tasks, total = answer.get("items") or [], number(answer, "total")
-                for task in tasks:
-                    made_at = seconds(task.get("created_at")) or 0.0
-                    if task["id"] not in seen and made_at >= since:
-                        yield Job(task["id"], task.get("safety_identifier") or "", made_at)
-                    seen.add(task["id"])
-                done = not tasks or (total is not None and page * PAGE >= total)
+                tasks = self.client.ask(TASKS, query).get("items") or []
+                jobs: list[Job | None] = [_listed(task) for task in tasks] if isinstance(tasks, list) else [None]
+                if None in jobs:
+                    raise UnreachableError("the list of tasks is not readable, so it proves nothing")
+                if not jobs or jobs == before:  # a service that knows no pages sends the same one again
+                    break
+                before = jobs
+                for job in jobs:
+                    if job is not None and job.job_id not in seen and job.created_at >= since:
+                        yield job
+                        seen.add(job.job_id)
 
     def _price(self, tokens: float) -> float:
         return tokens * self._config.price_per_million_tokens / 1e6
+
+
+def _listed(task: object) -> Job | None:
+    """None where it is no task."""
+    if not isinstance(task, dict) or not isinstance(task.get("id"), str):
+        return None
+    token = task.get("safety_identifier")
+    return Job(task["id"], token if isinstance(token, str) else "", seconds(task.get("created_at")) or 0.0)
 
 
 def pixels(resolution: str) -> float:

@@ -28,6 +28,7 @@ from av.video.reformatter import VideoReformatter
 from afd_data.acceptance import RejectedError
 from afd_data.config import VideoConfig
 from afd_data.errors import UserError
+from afd_data.opening import open_video, raise_if_local
 from afd_data.teacher_config import Adaptation
 from afd_data.video import main_track, upright_rgb, whole_packets
 
@@ -59,7 +60,7 @@ def bring_to(video: VideoConfig, path: Path, name: str, rules: Adaptation) -> Cl
     Raises UserError (unreadable, damaged) and RejectedError (too short, where the rules forbid that).
     """
     try:
-        with av.open(str(path), "r") as container:
+        with open_video(path) as container:
             line = _timeline(container, name)
         wanted_s = video.frames / video.fps
         start_s = max(0.0, (line.duration_s - wanted_s) / 2) if rules.start == "middle" else 0.0
@@ -69,6 +70,7 @@ def bring_to(video: VideoConfig, path: Path, name: str, rules: Adaptation) -> Cl
         times = [start_s + k / video.fps for k in range(there)]
         frames = _pictures(path, name, line, times, video, rules.fit)
     except (av.error.FFmpegError, OSError) as error:
+        raise_if_local(path, error)
         raise UserError(f"{name}: cannot be decoded ({type(error).__name__})") from None
     if not frames:
         raise UserError(f"{name}: no frame can be decoded")
@@ -93,11 +95,12 @@ def is_as_asked(video: VideoConfig, path: Path, name: str) -> bool:
     Raises UserError when the file cannot be read.
     """
     try:
-        with av.open(str(path), "r") as container:
+        with open_video(path) as container:
             line = _timeline(container, name)
-        with av.open(str(path), "r") as container:
+        with open_video(path) as container:
             first = next(iter(container.decode(main_track(container, name))), None)
     except (av.error.FFmpegError, OSError) as error:
+        raise_if_local(path, error)
         raise UserError(f"{name}: cannot be decoded ({type(error).__name__})") from None
     if first is None or first.rotation % 360 or line.pixel_aspect != 1 or len(line.shown_s) != video.frames:
         return False
@@ -175,7 +178,7 @@ def _timeline(container: InputContainer, name: str) -> Timeline:
 
 def _shown(path: Path, name: str, origin_s: float) -> Iterator[tuple[float, av.VideoFrame]]:
     """(seconds after the first frame, frame) in the order of showing."""
-    with av.open(str(path), "r") as container:
+    with open_video(path) as container:
         stream = main_track(container, name)
         rate = float(stream.average_rate or stream.guessed_rate or 1)
         for index, frame in enumerate(container.decode(stream)):

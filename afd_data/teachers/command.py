@@ -25,20 +25,19 @@ import string
 import subprocess
 import tempfile
 import uuid
-from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 from afd_data.config import VideoConfig
 from afd_data.errors import UserError
 from afd_data.teacher_config import CommandConfig
-from afd_data.teachers import Delivery, FailedError, Free, Identity, RefusedError, Request
+from afd_data.teachers import Delivery, FailedError, Free, Identity, RefusedError, Request, programs
 from afd_data.teachers.delivery import deliver
 
 REFUSES = os.EX_DATAERR
 SHOWN_LINES, SHOWN = 3, 1000  # lines and characters of standard error
 READ_BYTES = 2**16  # of its end
-SECRET_NAMES = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+SECRET_NAMES = ("KEY", "TOKEN", "SECRET", "PASS", "AUTH", "CREDENTIAL")
 PLACEHOLDERS = ("prompt", "seed", "take", "output", "width", "height", "frames", "fps")
 SHORTEST_SECRET = 6  # characters; shorter values occur in texts by chance
 
@@ -95,10 +94,10 @@ class Command(Free):
             except OSError as error:
                 raise UserError(f"teacher.argv: {argv[0]} cannot be run ({error.strerror})") from None
             try:
-                process.communicate(prompt.encode(), timeout=self.config.timeout_s)
+                with programs.watched(process):
+                    process.communicate(prompt.encode(), timeout=self.config.timeout_s)
             except BaseException as error:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # all of the session that begins with it
+                programs.kill(process.pid)
                 process.wait()
                 if isinstance(error, subprocess.TimeoutExpired):
                     raise FailedError(f"killed after {self.config.timeout_s:g} s{_last_lines(said)}") from None

@@ -15,7 +15,7 @@ from afd_data.errors import UserError
 from afd_data.files import whole_file
 from afd_data.sound import add_sound
 from afd_data.teacher_config import Adaptation
-from afd_data.teachers import Request
+from afd_data.teachers import Request, UnreachableError
 from afd_data.teachers.clip import bring_to, is_as_asked
 from afd_data.video import probe, write_mp4
 
@@ -24,7 +24,8 @@ def deliver(source: Path, target: Path, request: Request, rules: Adaptation, nam
     """Write `source` to `target` (the same path is fine) as `request.video` asks; return `Delivery.effective`.
 
     `name` stands for the source in messages: the provider's name of it, or its place in a data set.
-    Raises RejectedError: undecodable, too short.  The source stays.
+    Raises RejectedError: undecodable, too short; UnreachableError: this machine has failed (open files, memory, disk).
+    The source stays.
     """
     video = request.video
     start_s, made_up, fps = 0.0, 0, video.fps
@@ -42,6 +43,9 @@ def deliver(source: Path, target: Path, request: Request, rules: Adaptation, nam
                 add_sound(part, source, start_s, video.frames / video.fps)
     except UserError as error:
         raise RejectedError(f"undecodable: {error}") from None
+    except (OSError, MemoryError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise UnreachableError(f"{name} cannot be worked on here now: {reason or type(error).__name__}") from error
     return {
         "width": video.width,
         "height": video.height,

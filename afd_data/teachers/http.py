@@ -7,9 +7,11 @@ goes to paths below `base_url` and nowhere else.  Texts of errors name neither k
 
 from __future__ import annotations
 
+import json as json_format
 import math
 import ssl
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from urllib3.exceptions import ConnectTimeoutError, MaxRetryError, NewConnection
 from afd_data.errors import UserError
 from afd_data.provider_config import ProviderConfig
 from afd_data.teachers import FailedError, LostError, UnknownError, UnreachableError
-from afd_data.teachers.download import ExpiredError, save
+from afd_data.teachers.download import ExpiredError, NoVideoError, Tries, save
 from afd_data.teachers.login import Login, checked_host
 from afd_data.teachers.traffic import Rate, Turnstile, backoff_s, retry_after_s
 
@@ -51,7 +53,7 @@ class Client:
     def __init__(
         self, config: ProviderConfig, scheme: str = "Bearer", headers: Mapping[str, str] | None = None
     ) -> None:
-        self.host = checked_host(config.base_url)
+        self.host = checked_host(config.base_url, with_key=config.key_variable is not None)
         self._base = config.base_url.rstrip("/")
         self._login = Login(config.key_variable, scheme)
         self._headers = dict(headers or {})
@@ -61,7 +63,10 @@ class Client:
         self._stop = threading.Event()
 
     def turn(self, stop: threading.Event) -> bool:
-        """Wait until another order may be sent; False when told to stop.  All later pauses heed this `stop` too."""
+        """Wait until another order may be sent; False when told to stop.
+
+        The pauses between the tries of an order heed this `stop` too; questions and downloads go on.
+        """
         self._stop = stop
         return self._rate.wait(stop)
 
@@ -110,36 +115,31 @@ class Client:
                 said, pause = self._words(answer), self._pause(answer, pause)
             except requests.RequestException as error:
                 said = self.clean(error)
-            if attempt + 1 < self._traffic.attempts and self._stop.wait(pause):
-                raise UnreachableError(f"stopped before it was asked again: {said}")
+            if attempt + 1 < self._traffic.attempts:
+                time.sleep(pause)
         raise UnreachableError(f"no answer after {self._traffic.attempts} tries: {said}")
 
     def download(self, address: Callable[[], str], target: Path, fetch_before: float = math.inf) -> None:
         """Stream a video to `target`; `address` gives its URL, or a path below the API, and is asked anew every time.
 
         Of all downloads that wait, the one that expires first gets the next place.  A file that is not whole is fetched
-        again.  Raises LostError (expired for good), UnreachableError, UserError (too large), and what `address` raises.
+        again.  Raises LostError (expired at every try), RejectedError (it came whole every time, and is no video),
+        UnreachableError, UserError (too large), and what `address` raises.
         """
-        failed, expired = 0, False
+        tries = Tries(self._traffic)
         with self._downloads.place(fetch_before):
             while True:
                 url = address()
-                pause = backoff_s(failed, self._traffic.longest_wait_s)
                 try:
                     answer = self._stream(url, target)
+                except ExpiredError as error:
+                    pause = tries.expired(self.clean(error))
+                except (requests.RequestException, UnreachableError) as error:
+                    pause = tries.failed(self.clean(error), whole=isinstance(error, NoVideoError))
+                else:
                     if answer.status_code == 200:
                         return
-                    said, pause = f"{answer.status_code} {answer.reason}", self._pause(answer, pause)
-                except ExpiredError as error:
-                    if expired:
-                        raise LostError(f"the video is no longer there: {error}") from None
-                    expired = True
-                    continue
-                except (requests.RequestException, UnreachableError) as error:
-                    said = self.clean(error)
-                failed, expired = failed + 1, False
-                if failed == self._traffic.attempts:
-                    raise UnreachableError(f"not downloaded in {failed} tries: {said}")
+                    pause = self._pause(answer, tries.failed(f"{answer.status_code} {answer.reason}"))
                 time.sleep(pause)
 
     def clean(self, text: object) -> str:
@@ -155,7 +155,10 @@ class Client:
 
     def _stream(self, url: str, target: Path) -> requests.Response:
         """The answer, closed; its body is in `target` where the status is 200."""
-        own = not urlsplit(url).scheme
+        try:
+            own = not urlsplit(url).scheme
+        except ValueError:
+            raise requests.exceptions.InvalidURL(f"{url} is not an address") from None
         headers = {"Accept-Encoding": "identity", **(self._headers if own else {})}
         with requests.Session() as session:
             session.auth = self._login if own else Login(None)
@@ -174,8 +177,9 @@ class Client:
             )
 
     def _taken(self, answer: requests.Response) -> dict:
-        # 303: see there what you have ordered.  409: this order, or its token, has been seen before.
-        if answer.status_code in (303, 408, 409) or answer.status_code >= 500:
+        # 302, 303: see there what you have ordered.  409: this order, or its token, has been seen before.
+        sent_on = 300 <= answer.status_code < 400 and answer.status_code not in (301, 307, 308)
+        if sent_on or answer.status_code in (408, 409) or answer.status_code >= 500:
             raise UnknownError(f"the provider may have taken the order: {self._words(answer)}")
         self._check(answer)
         body = _json_object(answer)
@@ -231,8 +235,10 @@ def _never_sent(error: requests.RequestException) -> bool:
 
 
 def _json_object(answer: requests.Response) -> dict | None:
+    """What can be written down again: halves of characters become ?, numbers that are none become null."""
     try:
-        body = answer.json()
+        text = json_format.dumps(answer.json(), ensure_ascii=False).encode(errors="replace")
+        body = json_format.loads(text, parse_constant=lambda _: None)
     except (ValueError, RecursionError):
         return None
     return body if isinstance(body, dict) else None

@@ -103,23 +103,23 @@ class Hub(Free):
     def _video(self, row: int) -> bytes:
         value = self._column(self.config.video, row, row + 1)[0]
         data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-        if data is None and path and self._brought_along(Path(path)):
+        if data is None and isinstance(path, str) and self._brought_along(path):
             data = Path(path).read_bytes()
         if not isinstance(data, bytes) or not data:
             raise RefusedError(f"row {row} of {self._where} has no video in {self.config.video!r}")
         return data
 
-    def _brought_along(self, path: Path) -> bool:
-        """A row could name any file of this machine."""
-        import datasets.config
+    def _brought_along(self, path: str) -> bool:
+        """Whether a file is of this dataset: a row could name any file of this machine."""
         from huggingface_hub import constants
 
-        homes = (datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)
-        places = [Path(home).resolve() for home in homes]
-        if self._folder.is_dir():
-            places.append(self._folder.resolve())
-        real = path.resolve()
-        return real.is_file() and any(real.is_relative_to(place) for place in places)
+        name = self._facts["dataset"].replace("/", "--")
+        files = Path(constants.HF_HUB_CACHE) / f"datasets--{name}" if "revision" in self._facts else self._folder
+        try:
+            real = Path(path).resolve()
+            return real.is_file() and real.is_relative_to(files.resolve())
+        except (OSError, ValueError, RuntimeError):  # no path at all, or links in a circle
+            return False
 
     def _column(self, name: str, first: int, last: int) -> list[Any]:
         """Values of rows [first, last), as arrow has them: nothing is decoded."""
@@ -163,7 +163,9 @@ def caption_in(value: object, keys: list[str]) -> str:
                 there = ", ".join(map(repr, record)) if isinstance(record, dict) else "no record"
                 raise UserError(f"no {key!r} in it; there is {there}")
             text = record[key]
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or a number of thousands of digits
         raise UserError(f"not readable: {short(error)}") from None
     if not isinstance(text, str):
         raise UserError(f"{type(text).__name__} instead of text")

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 INDEX = "model_index.json"
+CONFIGS, WEIGHTS = (".json", ".txt", ".model"), (".safetensors",)  # endings of files that are loaded
+END_BYTES = 2**20
 OURS = ("prompt", "generator", "return_dict", "latents")  # never options
 
 
@@ -47,6 +49,8 @@ class Model:
             self.index = json.loads(path.read_bytes())
         except ValueError as error:
             raise UserError(f"teacher.model: {path} is not JSON ({error})") from None
+        if not isinstance(self.index, dict):
+            raise UserError(f"teacher.model: {path} is no pipeline of diffusers: it holds no JSON object")
 
     def _index_on_hub(self, name: str, revision: str | None) -> Path:
         from huggingface_hub import hf_hub_download
@@ -179,11 +183,19 @@ def open_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _digest(folder: Path) -> str:
-    """Of all configs (their content) and weights (their names and sizes) in a pipeline's folder."""
+    """Of what is loaded from a pipeline's folder: configs and vocabularies whole, weights by name, size and both ends.
+
+    The first MiB of a safetensors file lists its tensors.
+    """
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
-            if path.suffix in (".json", ".txt"):
-                digest.update(path.read_bytes())
+        if path.suffix not in (*CONFIGS, *WEIGHTS) or not path.is_file():
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+        with path.open("rb") as file:
+            if path.suffix in WEIGHTS:
+                digest.update(file.read(END_BYTES))
+                file.seek(max(0, size - END_BYTES))
+            digest.update(file.read())
     return digest.hexdigest()

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,12 +18,14 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qsl, quote, urlsplit
 
+from afd_data.acceptance import RejectedError
 from afd_data.config import VideoConfig
 from afd_data.provider_config import ProviderConfig
 from afd_data.teachers import (
     Delivery,
     FailedError,
     Identity,
+    LostError,
     Progress,
     RefusedError,
     Request,
@@ -33,6 +37,7 @@ from afd_data.teachers.http import NO_ENTRY, Client, DeclinedError
 
 State = Literal["queued", "running", "ready", "failed", "refused"]
 DAY_S = 86_400.0
+YOUNG_S = 60.0  # for so long may a job that was just taken be unknown to the service's own list
 CODES = ("code", "type", "error_type", "failureCode")
 MESSAGES = ("message", "msg", "error", "failure", "detail")
 _REFUSAL = re.compile(
@@ -67,6 +72,7 @@ class Provider:
     ) -> None:
         self._rules = config
         self.client = Client(config, scheme, headers)
+        self._unseen: dict[str, float] = {}  # time.monotonic() of the orders for jobs that were never found yet
         self.identity = Identity(
             name=name,
             version=config.version,
@@ -96,7 +102,13 @@ class Provider:
 
     def poll(self, job_id: str) -> Progress:
         """How the job stands.  Raises RefusedError, FailedError, LostError, UnreachableError, UserError."""
-        report = self.look(job_id)
+        try:
+            report = self.look(job_id)
+        except LostError:
+            if time.monotonic() < self._unseen.get(job_id, -math.inf) + YOUNG_S:
+                return Progress("queued")  # what was written is not everywhere to be read at once
+            raise
+        self._unseen.pop(job_id, None)
         return Progress(self._in_hand(report), report.fetch_before)
 
     def fetch(self, job_id: str, request: Request, target: Path) -> Delivery:
@@ -107,6 +119,9 @@ class Provider:
         try:
             self.client.download(lambda: next(addresses), source, report.fetch_before)
             done = deliver(source, target, request, self._rules, f"job {job_id}")
+        except RejectedError as error:
+            error.cost = report.cost
+            raise
         finally:
             source.unlink(missing_ok=True)
         model = report.effective.get("model") or self.identity.settings.get("model")
@@ -130,6 +145,7 @@ class Provider:
         job_id = answer.get(name)
         if not isinstance(job_id, str) or not job_id:
             raise UnknownError(f"the order was taken, but the answer has no {name!r}: {self.client.clean(answer)}")
+        self._unseen[job_id] = time.monotonic()
         return job_id
 
     def _ready(self, job_id: str) -> Report:
@@ -174,26 +190,29 @@ def is_refusal(said: object) -> bool:
 
 def expiry(url: str) -> float:
     """When a signed address expires, in seconds since 1970; infinity where it does not say (S3, GCS, TOS, Azure)."""
-    query = {name.lower(): value for name, value in parse_qsl(urlsplit(url).query)}
+    try:
+        query = {name.lower(): value for name, value in parse_qsl(urlsplit(url).query)}
+    except ValueError:  # no address at all, which the download will say
+        return math.inf
     for vendor in ("amz", "goog", "tos"):
         if f"x-{vendor}-date" in query:
             try:
                 signed = datetime.strptime(query[f"x-{vendor}-date"], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
-                return signed.timestamp() + float(query[f"x-{vendor}-expires"])
-            except (KeyError, ValueError):
+                return signed.timestamp() + float(int(query[f"x-{vendor}-expires"]))
+            except (KeyError, ValueError, OverflowError):
                 return math.inf
-    if query.get("expires", "").isdigit():
+    if query.get("expires", "").isdecimal():
         return float(query["expires"])
     return seconds(query["se"]) or math.inf if "se" in query else math.inf
 
 
 def seconds(moment: object) -> float | None:
     """Seconds since 1970 of a number or an ISO 8601 text; None for anything else."""
-    if isinstance(moment, int | float) and not isinstance(moment, bool):
-        return float(moment)
     try:
+        if isinstance(moment, int | float) and not isinstance(moment, bool):
+            return float(moment) if math.isfinite(moment) else None
         return datetime.fromisoformat(str(moment)).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError, OSError):
         return None
 
 
@@ -204,9 +223,11 @@ def section(answer: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def number(answer: Mapping[str, Any], name: str) -> float | None:
-    """The number `name` of an answer, None where there is none."""
+    """The number `name` of an answer, finite and not negative; None where there is none."""
     found = answer.get(name)
-    return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
+    if not isinstance(found, int | float) or isinstance(found, bool):
+        return None
+    return float(found) if 0 <= found <= sys.float_info.max else None
 
 
 def told(answer: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from afd_data.errors import UserError
 from afd_data.index import read_index
 from afd_data.journal import open_journal
 from afd_data.teacher_config import CommandConfig
-from afd_data.teachers import Delivery, FailedError, RefusedError, Request
+from afd_data.teachers import Delivery, FailedError, RefusedError, Request, programs
 from afd_data.teachers.command import Command
 from afd_data.video import read_video
 
@@ -131,10 +132,28 @@ def test_how_a_program_ends_decides(tmp_path: Path, script: str, error: type[Exc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_secrets_of_the_environment_do_not_get_into_reasons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MY_API_KEY", "sk-very-secret")
+def test_programs_can_be_ended_all_at_once(tmp_path: Path) -> None:
+    def end() -> None:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        programs.kill_all()
+
+    ending = threading.Thread(target=end)
+    ending.start()
+    with pytest.raises(FailedError, match="killed by SIGKILL"):
+        run(f"(sleep 1; touch {tmp_path}/late) & touch {tmp_path}/begun; wait", tmp_path / "a.mp4")
+    ending.join()
+    time.sleep(1.1)
+    assert not (tmp_path / "late").exists()
+
+
+@pytest.mark.parametrize("name", ["MY_API_KEY", "SMTP_PASS", "BASIC_AUTH", "CLOUD_CREDENTIALS", "A_TOKEN"])
+def test_secrets_of_the_environment_do_not_get_into_reasons(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "sk-very-secret")
     with pytest.raises(FailedError, match=r"^exit code 1: 401 for \*\*\*$"):
-        run("echo 401 for $MY_API_KEY >&2; exit 1", tmp_path / "a.mp4")
+        run(f"echo 401 for ${name} >&2; exit 1", tmp_path / "a.mp4")
 
 
 def test_a_program_that_does_not_read_its_input_is_no_problem(tmp_path: Path) -> None:

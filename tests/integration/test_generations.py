@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,16 @@ from typing import Any
 import pytest
 import yaml
 
-from afd_data.config import StreamConfig
+from afd_data.cache import cache_teacher
+from afd_data.config import CacheConfig, DataConfig, PlaygroundConfig, PromptsConfig, StreamConfig
 from afd_data.errors import UserError
 from afd_data.examples import Example, read_places
-from afd_data.leases import KEPT_S, live_generations
-from afd_data.margins import MARGINS, read_margins, read_rows
+from afd_data.files import one_writer
+from afd_data.journal import LOCK
+from afd_data.leases import KEPT_S, live_generations, live_shards
+from afd_data.margins import MARGINS, read_rows
+from afd_data.origin import local_head
+from afd_data.prompts import Prompt
 from afd_data.pruning import prune
 from afd_data.shards import read_manifest
 from afd_data.stream import Stream
@@ -31,6 +37,9 @@ from afd_train.config import AfdConfig, FlowMatchingConfig, Recipe, TrainConfig
 from afd_train.runlog import read_metrics
 from afd_train.runs import stream_folder, train_folder
 from afd_train.trainer import train
+from tests.conftest import COLOURS, VIDEO
+from tests.hub_server import HubServer, connect
+from tests.integration.test_refresh import Stubborn
 from tests.rounds import complete_round, half_round
 
 BOOKS: dict[str, Any] = {
@@ -155,7 +164,7 @@ def test_a_run_goes_over_when_a_checkpoint_is_saved_and_the_checkpoint_says_so(c
     assert generations(recipe) == [0, 0, 0, 0, 1, 1]
     data = state_of(recipe, 4)["data"]
     assert data["generations"] == [[0, 0], [4, 1]]
-    assert (data["train"]["generation"], data["train"]["drawn"], data["train"]["history"]) == (1, 0, [[0, 8]])
+    assert (data["train"]["view"]["generation"], data["train"]["drawn"], data["train"]["history"]) == (1, 0, [[0, 8]])
     assert all(example.generation == 0 for split, view, example in drawn if view == 0)
     newest = {key: place.shard.generation for key, place in read_places(cache, "train").items()}
     late = [example for split, view, example in drawn if view == 1]
@@ -242,9 +251,9 @@ def test_the_margin_of_a_first_step_is_the_logged_one(cache, recipe_of):
     recipe = recipe_of(cache, AFD.model_copy(update={"steps": 1}))
     train(recipe)
     (row,) = [row for row in read_metrics(train_folder(recipe) / "metrics.jsonl") if row["step"] == 0]
-    margins = read_margins(margins_file(recipe))
+    margins = [row.margin for row in read_rows(margins_file(recipe))]
     assert len(margins) == 2
-    assert sum(margins.values()) / 2 == pytest.approx(row["discriminator/clean_margin"], rel=1e-5)
+    assert sum(margins) / 2 == pytest.approx(row["discriminator/clean_margin"], rel=1e-5)
 
 
 def test_a_killed_run_can_be_resumed_until_its_lease_is_over(cache, recipe_of, at):
@@ -304,6 +313,140 @@ def test_a_run_holds_what_its_checkpoints_read_and_lets_go_in_the_end(cache, rec
     assert live_generations(cache) == set()
 
 
+def add_late(folder: Path) -> None:
+    """A new prompt of the first generation, once."""
+    if len(read_places(folder, "train")) == 12:
+        half_round(folder, "train", [], ["A late ball is dropped."], late=True)
+
+
+def test_samples_that_come_late_to_a_generation_are_gone_over_to_as_exactly(cache, recipe_of, at, tmp_path):
+    other = Path(shutil.copytree(cache, tmp_path / "other"))
+    alone, broken = recipe_of(cache, FLOW, "alone"), recipe_of(other, FLOW, "broken")
+    at[2] = lambda: add_late(cache)
+    train(alone)
+    assert state_of(alone, 6)["data"]["generations"] == [[0, 0], [4, 0]]
+    at[2] = lambda: add_late(other)
+    killed_once(at, 3)
+    with pytest.raises(KilledError):
+        train(broken)
+    train(broken)
+    assert files(train_folder(broken)) == files(train_folder(alone))
+
+
+def test_nothing_late_is_gone_over_to_while_somebody_writes_to_the_cache(cache, recipe_of, at):
+    recipe = recipe_of(cache, FLOW.model_copy(update={"steps": 8}))
+    with ExitStack() as writing:
+        writing.enter_context(one_writer(cache / LOCK, "x"))
+        at[2] = lambda: add_late(cache)
+        at[4] = writing.close
+        train(recipe)
+    assert state_of(recipe, 8)["data"]["generations"] == [[0, 0], [6, 0]]
+
+
+def make_first_round(folder: Path, orders: int) -> None:
+    """Ask for so many of 16 videos more, 2 in a shard."""
+    texts = [f"A {colour} ball is {verb}." for colour in COLOURS for verb in ("dropped", "thrown to the right")]
+    prompts = [Prompt(f"p{n:04x}", text, "train" if n % 4 else "validation") for n, text in enumerate(texts)]
+    recipe = DataConfig(
+        out=str(folder),
+        video=VIDEO,
+        prompts=PromptsConfig(source="unused.txt"),
+        teacher=PlaygroundConfig(),
+        cache=CacheConfig(frozen=0.0, near_duplicate=-1, shard_samples=2, workers=1),
+    )
+    with suppress(UserError):
+        cache_teacher(recipe, prompts, folder, Stubborn(orders=orders), progress=False)
+
+
+def test_a_run_on_half_a_first_round_says_so_and_goes_over_to_the_whole_one(tmp_path, recipe_of, at, caplog):
+    folder = tmp_path / "cache"
+    make_first_round(folder, 8)
+    recipe, half = recipe_of(folder, FLOW), len(read_places(folder, "train"))
+    at[1] = lambda: make_first_round(folder, 4)  # still half
+    at[3] = lambda: make_first_round(folder, 16)
+    train(recipe)
+    assert half < 12
+    assert f"holds {half} training samples so far, and its first generation is still being made" in caplog.text
+    assert state_of(recipe, 6)["data"]["generations"] == [[0, 0], [4, 0]]
+    views = [state_of(recipe, step)["data"]["train"]["view"]["shards"] for step in (4, 6)]
+    assert views == [[shard.file for shard in read_manifest(folder).of("train")]] * 2
+    assert len(read_places(folder, "train")) == 12
+
+
+def test_no_other_run_speaks_of_half_a_round(cache, recipe_of, caplog):
+    train(recipe_of(cache, FLOW.model_copy(update={"steps": 1})))
+    assert "still being made" not in caplog.text
+
+
+def test_a_start_that_fails_leaves_no_lease(cache, recipe_of):
+    for tar in cache.glob("data/train/*.tar"):
+        tar.write_bytes(bytes(255 - byte for byte in tar.read_bytes()))
+    with pytest.raises(UserError, match="not what was sealed"):
+        train(recipe_of(cache, AFD))
+    assert live_generations(cache) == set()
+
+
+def test_a_resumed_run_holds_what_its_older_checkpoints_read(cache, recipe_of, at):
+    recipe, held = recipe_of(cache, FLOW), []
+    grows(at, cache)
+    at[4] = lambda: held.append((live_generations(cache), live_shards(cache)))
+    killed_once(at, 4)
+    with pytest.raises(KilledError):
+        train(recipe)
+    train(recipe)
+    assert [generations for generations, _ in held] == [{0, 1}, {0, 1}]
+    assert held[0] == held[1]
+
+
+def push(hub: HubServer, cache: Path) -> str:
+    """What is in the cache now, and nothing else, as a commit; returns the address."""
+    now = {str(path.relative_to(cache)): path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+    if ("datasets", "alice/clips") in hub.repos:
+        repo = hub.repos["datasets", "alice/clips"]
+        repo.commit({}, "all goes")
+    hub.add("alice/clips", now, kind="datasets")
+    return "hf://datasets/alice/clips"
+
+
+def test_a_run_reads_on_at_its_commit_whatever_others_push_and_fetch(cache, recipe_of, at, hub, tmp_path, monkeypatch):
+    local = recipe_of(Path(shutil.copytree(cache, tmp_path / "local")), FLOW, "local")
+    train(local)
+    monkeypatch.setenv("AFD_HOME", str(tmp_path / "home"))
+    recipe = recipe_of(push(hub, cache), FLOW, follow=False)
+
+    def prune_and_push() -> None:
+        replace_everything(cache)
+        prune(cache, keep_generations=1)
+        local_head(push(hub, cache))
+
+    at[2] = prune_and_push
+    killed_once(at, 3)
+    with pytest.raises(KilledError):
+        train(recipe)
+    shutil.rmtree(tmp_path / "home" / "samples")
+    train(recipe)
+    remote, here = (files(train_folder(each)) for each in (recipe, local))
+    commits = re.compile(rb'"commit": [^\n]*')
+    assert {name: commits.sub(b"", data) for name, data in remote.items()} == {
+        name: commits.sub(b"", data) for name, data in here.items()
+    }
+
+
+def test_a_hub_that_cannot_be_reached_at_a_checkpoint_ends_no_training(
+    cache, recipe_of, at, hub, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setenv("AFD_HOME", str(tmp_path / "home"))
+    url = push(hub, cache)
+    for split in ("train", "validation"):
+        with Stream(local_head(url), StreamConfig(), split, 0) as source:
+            source.next_batch(len(source.keys))  # kept on the disk
+    recipe = recipe_of(url, FLOW)
+    at[0] = lambda: connect("http://127.0.0.1:9", tmp_path / "gone", monkeypatch)
+    train(recipe)
+    assert generations(recipe) == [0] * 6
+    assert caplog.text.count("not looked for a newer generation") == 2  # steps 2 and 4
+
+
 def test_a_killed_run_keeps_its_lease(cache, recipe_of, at):
     recipe = recipe_of(cache, FLOW)
     killed_once(at, 3)
@@ -322,7 +465,7 @@ def test_a_remote_cache_trains_the_same_student_and_is_followed_too(
     grows(at, cache)
     train(recipe)
     assert files(train_folder(recipe)) == files(train_folder(unbroken))
-    assert not (cache / "leases").exists()
+    assert live_generations(cache) == set()
     assert stream_folder(recipe).is_relative_to(tmp_path / "home")
 
 

@@ -199,6 +199,30 @@ def test_a_row_that_names_a_file_of_this_machine_gets_nothing(
         hub.submit(asked("a ball"))
 
 
+def test_a_row_that_names_a_file_of_another_dataset_gets_nothing(
+    clips: list[bytes], served: HubServer, tmp_path: Path
+) -> None:
+    table = b"file_name,text\n0.mp4,a ball\n"
+    served.add("bob/private", {"train/0.mp4": clips[0], "train/metadata.csv": table}, kind="datasets")
+    private = teacher("bob/private", video="video", caption="text")
+    path = private._rows.with_format("arrow")[0]["video"].to_pylist()[0]["path"]
+    assert Path(path).is_file()
+    served.add("alice/clips", {"train.parquet": parquet(["a ball"], [None], [path])}, kind="datasets")
+    hub = teacher("alice/clips", video="clip", caption="text")
+    with pytest.raises(RefusedError, match=r"row 0 of .* has no video"):
+        hub.submit(asked("a ball"))
+
+
+@pytest.mark.parametrize("path", ["\0x", "~nobody", "x" * 5000, 5])
+def test_a_row_whose_path_is_none_gets_nothing(tmp_path: Path, path: str | int) -> None:
+    (tmp_path / "files").mkdir()
+    table = pa.table({"clip": [{"bytes": None, "path": path}], "text": ["a ball"]})
+    pq.write_table(table, tmp_path / "files" / "train.parquet")
+    hub = teacher(tmp_path / "files", video="clip", caption="text")
+    with pytest.raises(RefusedError, match=r"row 0 of .* has no video"):
+        hub.submit(asked("a ball"))
+
+
 def test_a_dataset_of_files_with_a_table_of_captions(clips: list[bytes], served: HubServer, tmp_path: Path) -> None:
     table = b"file_name,text\n0.mp4,a ball\n1.mp4,a cube\n"
     files = {"train/0.mp4": clips[0], "train/1.mp4": clips[1], "train/metadata.csv": table}
@@ -244,6 +268,7 @@ def test_a_record_column_is_entered_by_a_dot() -> None:
         ({"x": 1}, ["a"], "no 'a' in it; there is 'x'"),
         (b"\xff", [], "not readable"),
         ("{", ["a"], "not readable"),
+        (f'{{"a": {"1" * 5000}}}', ["a"], "not readable"),
         ("3", ["a"], "no 'a' in it; there is no record"),
         (3, [], "int instead of text"),
         (None, [], "NoneType instead of text"),

@@ -21,7 +21,7 @@ from afd_data.teacher_config import LocalConfig
 from afd_data.teachers import FailedError, Request
 from afd_data.teachers.gathering import Gatherer
 from afd_data.teachers.local import Local
-from afd_data.teachers.pipelines import as_uint8
+from afd_data.teachers.pipelines import Model, as_uint8
 from afd_data.video import read_video
 from tests.hub_server import HubServer
 from tests.tiny_wan import TEXT_DIM, save_text_encoder, save_vae
@@ -86,6 +86,25 @@ def test_a_cache_of_a_pipelines_videos(model: Path, afd: Callable[..., Result], 
     assert len(rows) == 3
     assert len({row["mp4_sha256"] for row in rows}) == 3
     assert "Loading" not in result.output
+
+
+def test_other_weights_of_the_same_size_are_another_model_and_a_readme_is_none(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tiny-wan"
+    shutil.copytree(model, folder)
+    before = Model(str(folder)).facts
+    (folder / "README.md").write_text("About this model.")
+    assert Model(str(folder)).facts == before == Model(str(model)).facts
+    weights = next((folder / "transformer").glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert Model(str(folder)).facts != before
+
+
+def test_a_model_index_that_is_no_object_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("[]")
+    with pytest.raises(UserError, match=r"^teacher\.model: .*model_index\.json .*no JSON object"):
+        teacher(tmp_path)
 
 
 def test_noise_does_not_depend_on_the_batch(model: Path, tmp_path: Path) -> None:

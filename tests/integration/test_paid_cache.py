@@ -180,6 +180,24 @@ def test_what_was_refused_is_ordered_again_without_yes(afd: Afd, shop):
     assert states() == {"sealed": 1, "planned": 1}
 
 
+def test_a_video_that_is_given_up_no_longer_holds_back_the_others(afd: Afd, shop):
+    shop("mode=flaky", "mode=ok", "mode=ok", teacher={"traffic": {"attempts": 1, "longest_wait_s": 0.01}})
+    assert "1 are still with the teacher" in afd("cache-teacher", "a", "--set", "cache.shard_samples=1").stdout
+    ((key,),) = select("SELECT key FROM samples WHERE state = 'submitted'")
+    assert "1 given up" in afd("cache", "give-up", CACHE, key).stdout
+    said = afd("cache-teacher", "a")
+    assert states() == {"sealed": 2, "unknown": 1}
+    assert "it cannot be told" not in said.stdout
+    assert "nothing is unknown" in afd("cache", "reconcile", "a").stdout
+
+
+def test_a_job_that_is_known_goes_on_where_the_provider_lists_nothing(afd: Afd, shop):
+    shop("mode=ok", "mode=ok", service="runway")
+    afd("cache-teacher", "a")
+    execute("UPDATE samples SET state = 'unknown', shard = '' WHERE id = 2 AND state = 'sealed'")
+    assert "1 found" in afd("cache", "reconcile", "a").stdout
+
+
 def test_a_key_that_nobody_knows_is_named_and_nothing_is_planned(afd: Afd, shop):
     shop("mode=ok", "mode=refuse")
     afd("cache-teacher", "a")
@@ -241,6 +259,24 @@ def test_a_limit_counts_what_is_in_flight_and_a_higher_one_goes_on(afd: Afd, sho
     assert select("SELECT sum(cost) FROM requests") == [(pytest.approx(6 * BILLED),)]
 
 
+def test_a_limit_that_cannot_be_kept_as_no_price_is_known_orders_nothing(afd: Afd, shop, provider: Provider):
+    shop("mode=ok", teacher={"price_per_million_tokens": 0.0})
+    said = afd("cache-teacher", "a", "--max-cost", 5)
+    assert said.exit_code == 2
+    assert "cannot be kept" in said.stderr
+    assert provider.accepted() == {}
+    assert "cannot be kept" not in afd("cache-teacher", "a").stderr
+
+
+def test_videos_shorter_than_the_recipe_wants_are_not_asked_for(afd: Afd, shop, provider: Provider):
+    shop("mode=ok", teacher={"duration_s": 1})  # 24 frames at 12 fps are 2 s
+    said = afd("cache-teacher", "a")
+    assert said.exit_code == 2
+    assert "teacher.duration_s: 1 s are asked for, and 24 frames at 12 fps are 2.00 s" in said.stderr
+    assert provider.accepted() == {}
+    assert afd("cache-teacher", "a", "--set", "teacher.short=hold").exit_code == 0
+
+
 def test_a_limit_below_one_video_orders_nothing(afd: Afd, shop, provider: Provider):
     shop("mode=ok")
     said = afd("cache-teacher", "a", "--max-cost", 0.21)
@@ -255,9 +291,12 @@ def test_what_is_unknown_stays_reserved_within_the_limit(afd: Afd, shop, provide
         assert list(provider.accepted().values()) == [1, 1]  # 2 x 0.2112
 
 
-def test_a_dry_run_prints_the_estimate_and_asks_nobody(afd: Afd, shop, provider: Provider, here: Path):
+@pytest.mark.parametrize("limit", [("--set", "cache.max_cost=0.5"), ("--max-cost", "0.5")])
+def test_a_dry_run_prints_the_estimate_and_asks_nobody(
+    afd: Afd, shop, provider: Provider, here: Path, limit: tuple[str, str]
+):
     shop(*["mode=ok"] * 5)
-    said = afd("cache-teacher", "a", "--dry-run", "--set", "cache.max_cost=0.5")
+    said = afd("cache-teacher", "a", "--dry-run", *limit)
     assert said.exit_code == 0, said.output
     assert "about 1.06 USD, 0.211 a video; stops at 0.5" in said.stdout  # 5 x 0.2112
     assert provider.state()["requests"] == []
@@ -338,6 +377,23 @@ def test_ctrl_c_finishes_what_is_in_flight_and_the_same_command_goes_on(afd: Afd
     assert afd("cache-teacher", "a").exit_code == 0
     assert states() == {"sealed": 8}
     assert list(provider.accepted().values()) == [1] * 8
+
+
+@pytest.mark.slow  # starts the command, and waits for its rate
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_what_waits_for_its_turn_is_ordered_no_more_and_is_not_unknown(
+    afd: Afd, shop, provider: Provider, number: signal.Signals
+):
+    shop(*["mode=ok"] * 6, teacher={"traffic": {"requests_per_minute": 30}}, cache={"workers": 4})
+    with running("cache-teacher", "a") as run:
+        wait_until(lambda: any(request["path"].startswith("/files/") for request in provider.state()["requests"]))
+        time.sleep(0.3)
+        run.send_signal(number)
+        begin = time.monotonic()
+        run.wait(60)
+    assert time.monotonic() - begin < 1.5  # the next turn comes after 2 s
+    assert len(provider.accepted()) == 1
+    assert not {"intent", "unknown"} & states().keys()
 
 
 @pytest.mark.slow  # starts the command

@@ -18,15 +18,20 @@ from afd_data import hub_push
 from afd_data.card import write_card
 from afd_data.config import StreamConfig, VideoConfig
 from afd_data.errors import UserError
+from afd_data.examples import read_places
+from afd_data.files import one_writer
 from afd_data.hub_pull import pull
 from afd_data.hub_push import push
 from afd_data.index import read_index, shard_rows, update_index
-from afd_data.inspection import verify
+from afd_data.inspection import inspect, verify
+from afd_data.journal import LOCK
 from afd_data.leases import Lease
 from afd_data.origin import local_head
 from afd_data.sample import Sample
 from afd_data.shards import (
     Content,
+    Manifest,
+    describe_shard,
     read_manifest,
     write_manifest,
     write_shard,
@@ -489,7 +494,7 @@ def test_what_is_pulled_is_what_was_pushed(pushed, hub, tmp_path, caplog):
     assert verify(tmp_path / "copy") == []
     assert (tmp_path / "copy" / "README.md").read_bytes() == on_hub(hub)["README.md"]
     assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == [
-        "README.md", "contact-sheet.png", "data", "index", "manifest.json"]  # fmt: skip
+        ".lock", "README.md", "contact-sheet.png", "data", "index", "manifest.json"]  # fmt: skip
     assert "3 shards" in caplog.text
 
 
@@ -599,10 +604,31 @@ def test_pruned_shards_go_unless_a_trainer_reads_here(pushed, seal, tmp_path):
     push(pushed, REPO, progress=False)
     lease = Lease(copy, 0, "run")
     pull(SOURCE, copy, progress=False)
-    assert all((copy / shard.file).exists() for shard in old)
+    assert {place.shard for place in read_places(copy, "train", generation=0).values()} == set(old)
+    assert {place.shard.generation for place in read_places(copy, "train").values()} == {1}
+    assert verify(copy) == []
     lease.release()
     pull(SOURCE, copy, progress=False)
     assert not any((copy / shard.file).exists() for shard in old)
+    assert read_manifest(copy) == read_manifest(pushed)
+
+
+def test_two_pulls_do_not_fill_a_folder_at_once(pushed, tmp_path):
+    copy = tmp_path / "copy"
+    pull(SOURCE, copy, progress=False)
+    with one_writer(copy / LOCK, "cache"), pytest.raises(UserError, match="copy: another afd process"):
+        pull(SOURCE, copy, progress=False)
+
+
+def test_a_tar_without_the_samples_that_the_manifest_promises_is_named(tmp_path):
+    file = "data/train/g0000-000000.tar"
+    (tmp_path / "bad" / file).parent.mkdir(parents=True)
+    (tmp_path / "bad" / file).write_bytes(bytes(10240))
+    shard = replace(describe_shard(tmp_path / "bad", file), samples=3)
+    write_manifest(tmp_path / "bad", Manifest(0, (shard,)))
+    for look in (lambda folder: inspect(folder), lambda folder: pull(str(folder), tmp_path / "copy", progress=False)):
+        with pytest.raises(UserError, match=r"g0000-000000\.tar: holds 0 samples, the manifest says 3"):
+            look(tmp_path / "bad")
 
 
 # Heads

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,10 +14,11 @@ import pytest
 from afd_data.config import CacheConfig, DataConfig, PlaygroundConfig, PromptsConfig, StreamConfig, VideoConfig
 from afd_data.errors import UserError
 from afd_data.inspection import inspect, verify
+from afd_data.leases import Lease, live_generations
 from afd_data.origin import local_head, sizes, update_head
 from afd_data.prompts import Prompt
 from afd_data.shards import read_manifest
-from afd_data.storage import open_storage
+from afd_data.storage import Storage, open_storage
 from afd_data.stream import Stream
 from tests.integration.test_cache_kill import CHILDREN, finished, members
 
@@ -49,16 +51,17 @@ cache(folder, 9, 3, url or None)
 """
 )
 
-# Children die at their n-th durable step or upload, for every n there is.
-EVERY_STEP = (
+# Children die at their n-th durable step or upload, for POINTS n spread evenly over all that there are.
+POINTS = 10
+SOME_STEPS = (
     SCRIPT
     + """
 from afd_data.storage import Storage
 
-root, count = Path(sys.argv[1]), int(sys.argv[2])
+root, count, points = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 
 
-def dying(function, countdown):
+def counted(function, countdown):
     def step(*arguments, **options):
         countdown[0] -= 1
         if countdown[0] < 0:
@@ -74,17 +77,18 @@ def run(step):
 
 def dies_at(step):
     countdown = [step]
-    os.fsync, os.replace = dying(os.fsync, countdown), dying(os.replace, countdown)
-    Path.unlink, Storage._put = dying(Path.unlink, countdown), dying(Storage._put, countdown)
+    os.fsync, os.replace = counted(os.fsync, countdown), counted(os.replace, countdown)
+    Path.unlink, Storage._put = counted(Path.unlink, countdown), counted(Storage._put, countdown)
     run(step)
+    (root / "steps").write_text(str(step - countdown[0]))
 
 
-step, code = 0, -signal.SIGKILL
-while code == -signal.SIGKILL:
-    code = exit_code(fork(lambda: dies_at(step)))
+assert exit_code(fork(lambda: dies_at(999))) == 0
+steps = int((root / "steps").read_text())
+for point in range(points):
+    step = (2 * point + 1) * steps // (2 * points)
+    assert exit_code(fork(lambda: dies_at(step))) == -signal.SIGKILL
     assert exit_code(fork(lambda: run(step))) == 0
-    step += 1
-assert code == 0
 """
 )
 
@@ -152,6 +156,20 @@ def test_a_cache_in_s3_holds_what_a_local_one_does(s3: str, tmp_path: Path) -> N
     assert verify(tmp_path / "there") == []
 
 
+def test_index_and_manifest_are_not_sent_for_every_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: Counter[str] = Counter()
+    put = Storage._put
+
+    def counted(storage: Storage, source: Path, file: str) -> None:
+        sent[file.split("/")[0]] += 1
+        put(storage, source, file)
+
+    monkeypatch.setattr(Storage, "_put", counted)
+    make(tmp_path / "here", f"file://{tmp_path}/there")
+    assert sent["data"] == len(read_manifest(tmp_path / "here").shards) == 4
+    assert (sent["index"], sent["manifest.json"]) == (2, 1)  # an index for each of two splits
+
+
 def test_a_stream_reads_s3_as_it_reads_a_folder(s3: str, tmp_path: Path) -> None:
     make(tmp_path / "there", s3)
     make(tmp_path / "here", None)
@@ -208,14 +226,50 @@ def test_a_second_folder_may_not_write_to_the_same_place(s3: str, tmp_path: Path
         make(tmp_path / "other", s3)
 
 
-def test_no_file_and_no_message_holds_a_key(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_file_and_no_message_holds_a_key(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import s3fs
+
+    caplog.set_level("DEBUG", "afd_data")
     make(tmp_path / "there", s3)
     head = local_head(s3)
     with Stream(head, StreamConfig(), "train", seed=0) as stream:
         stream.next_batch(3)
-    for path in [path for path in tmp_path.rglob("*") if path.is_file()]:
-        assert b"VERYSECRET" not in path.read_bytes(), path
-        assert b"AKIAEXAMPLE" not in path.read_bytes(), path
+    said = []
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://AKIAEXAMPLE:VERYSECRET@127.0.0.1:9")  # where nobody answers
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    s3fs.S3FileSystem.clear_instance_cache()
+    open_storage.cache_clear()
+    for source in (s3, "s3://AKIAEXAMPLE:VERYSECRET@videos/mine"):
+        with pytest.raises(UserError) as refused:
+            local_head(source)
+        said.append(str(refused.value))
+    assert "the storage does not answer" in said[0]
+    for text in [
+        *said,
+        caplog.text,
+        *(path.read_bytes().decode("latin-1") for path in tmp_path.rglob("*") if path.is_file()),
+    ]:
+        assert "VERYSECRET" not in text
+        assert "AKIAEXAMPLE" not in text
+
+
+def test_of_two_writers_at_once_one_gets_the_place(s3: str) -> None:
+    storage = open_storage(s3)
+    storage._put_new(b"first", "mark")
+    with pytest.raises((FileExistsError, UserError)):
+        storage._tried(lambda: storage._put_new(b"second", "mark"), pauses=())
+    assert storage.read("mark", 0, 10) == b"first"
+
+
+def test_what_a_trainer_reads_in_s3_is_not_pruned(s3: str, tmp_path: Path) -> None:
+    make(tmp_path / "there", s3)
+    lease = Lease(local_head(s3), 0, "run/train")
+    assert live_generations(tmp_path / "there") == {0}
+    lease.release()
+    assert live_generations(tmp_path / "there") == set()
 
 
 def test_a_bucket_that_does_not_exist_is_named(s3: str, tmp_path: Path) -> None:
@@ -237,26 +291,25 @@ def test_missing_credentials_are_named(s3: str, monkeypatch: pytest.MonkeyPatch)
         local_head(s3)
 
 
-@pytest.mark.slow  # starts Python four times
+@pytest.mark.slow  # starts Python twice
 @pytest.mark.parametrize(("victim", "moment"), [("data/train/g0000-000000.tar", "before"), ("manifest.json", "before")])
 def test_a_kill_between_upload_and_manifest_is_repaired(s3: str, tmp_path: Path, victim: str, moment: str) -> None:
     killed = run(tmp_path / "there", s3, victim, moment)
     killed.communicate(timeout=300)
     assert killed.returncode == -signal.SIGKILL
     assert open_storage(s3).size("manifest.json") is None
-    finished(run(tmp_path / "there", s3))
+    make(tmp_path / "there", s3)
     make(tmp_path / "here", None)
     assert members(local_head(s3)) == members(tmp_path / "here")
     assert verify(local_head(s3)) == []
 
 
-@pytest.mark.slow  # the stage runs twice for each of some 60 steps
+@pytest.mark.slow  # the stage runs twice for each of POINTS steps
 def test_a_death_at_any_step_of_publishing_ends_like_an_unbroken_run(tmp_path: Path) -> None:
-    finished(
-        subprocess.Popen([sys.executable, "-c", EVERY_STEP, str(tmp_path), "2"], stderr=subprocess.PIPE, text=True)
-    )
+    command = [sys.executable, "-c", SOME_STEPS, str(tmp_path), "2", str(POINTS)]
+    finished(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
     folders = sorted(tmp_path.glob("step-*"))
-    assert len(folders) > 40
+    assert len(folders) == POINTS + 1
     expected = members(folders[-1])  # its countdown outlasted the run
     assert len(expected) == 2
     for folder in folders:

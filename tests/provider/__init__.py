@@ -50,6 +50,10 @@ class Provider:
         """Forget all jobs, as a server that starts again and kept them in memory; the counts stay."""
         self._control("forget", {})
 
+    def limit_pages(self, jobs: int) -> None:
+        """Put at most so many jobs on a page of a list, whatever is asked for, until `reset`."""
+        self._control("limit-pages", {"jobs": jobs})
+
     def state(self) -> dict[str, Any]:
         """`accepted` and `orders`: account -> how many; `jobs`; `requests`: method, path, authorized, status."""
         return self._control("state")

@@ -54,7 +54,7 @@ def _order(fields: dict[str, Any]) -> Order:
 def _list(shop: Shop, question: Question) -> Answer:
     wanted = {name.removeprefix("filter."): values for name, values in question.query.items() if name[:7] == "filter."}
     jobs = [job for job in shop.of("ark") if _passes(job, wanted)]
-    size = question.number("page_size", 10)
+    size = min(question.number("page_size", 10), shop.longest_page)
     start = (question.number("page_num", 1) - 1) * size
     items = [_task(shop, job, question.origin) for job in jobs[start : start + size]]
     return say(200, {"total": len(jobs), "items": items})

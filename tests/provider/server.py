@@ -130,6 +130,8 @@ def _control(shop: Shop, name: str, body: bytes) -> Answer:
         case "forget":
             with shop.lock:
                 shop.jobs.clear()
+        case "limit-pages":
+            shop.longest_page = json.loads(body)["jobs"]
         case _:
             return say(404, {"error": f"no such control: {name}"})
     return say(200, {})

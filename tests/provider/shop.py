@@ -43,6 +43,7 @@ from tests.provider.wire import Answer, Question
 Phase = Literal["queued", "running", "ready", "failed", "refused", "cancelled"]
 Kind = Literal["key", "busy", "broken", "refused", "lost", "invalid"]
 SLOW_S, HELD_S = 1.0, 3.0
+LONGEST_PAGE = 500
 MODE = re.compile(r"mode=([a-z0-9-]+)")
 
 
@@ -128,12 +129,14 @@ class Shop:
     orders: Counter[str] = field(default_factory=Counter)
     seen: set[str] = field(default_factory=set)  # addresses of flaky jobs
     requests: list[dict[str, Any]] = field(default_factory=list)
+    longest_page: int = LONGEST_PAGE  # of a list of jobs, whatever is asked for
 
     def reset(self) -> None:
         """Forget jobs, counts and requests."""
         with self.lock:
             for memory in (self.jobs, self.accepted, self.orders, self.seen, self.requests):
                 memory.clear()
+            self.longest_page = LONGEST_PAGE
 
     def take(self, order: Order, prefix: str = "") -> Job:
         """Accept an order.  Raises Trouble, Dropped."""

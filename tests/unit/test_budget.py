@@ -10,52 +10,64 @@ from afd_data.budget import Budget, Streak
 
 
 def test_without_a_limit_everything_fits():
-    budget = Budget(None)
-    assert all(budget.reserve(1e9) for _ in range(3))
+    budget = Budget(None, price=1e9)
+    assert all(budget.reserve() for _ in range(3))
 
 
 def test_what_is_reserved_counts_before_it_is_charged():
-    budget = Budget(1.0)
-    assert [budget.reserve(0.4) for _ in range(3)] == [True, True, False]
+    budget = Budget(1.0, price=0.4)
+    assert [budget.reserve() for _ in range(3)] == [True, True, False]
 
 
 def test_what_was_spent_before_counts():
-    assert not Budget(1.0, spent=0.7).reserve(0.4)
-    assert Budget(1.0, spent=0.5).reserve(0.4)
+    assert not Budget(1.0, spent=0.7, price=0.4).reserve()
+    assert Budget(1.0, spent=0.5, price=0.4).reserve()
 
 
 def test_the_limit_itself_may_be_reached_in_whatever_steps():
-    budget = Budget(0.3)  # 3 x 0.1 is more than 0.3 in binary
-    assert all(budget.reserve(0.1) for _ in range(3))
-    assert not budget.reserve(0.001)
+    budget = Budget(0.3, price=0.1)  # 3 x 0.1 is more than 0.3 in binary
+    assert [budget.reserve() for _ in range(4)] == [True, True, True, False]
 
 
 def test_a_request_that_turned_out_cheaper_makes_room():
-    budget = Budget(1.0)
-    assert budget.reserve(0.6)
-    assert not budget.reserve(0.6)
-    budget.settle(0.6, charged=0.2)
+    budget = Budget(1.0, price=0.6)
+    assert budget.reserve()
+    assert not budget.reserve()
+    budget.settle(0.2)
     assert budget.spent == pytest.approx(0.2)
-    assert budget.reserve(0.6)
+    assert budget.reserve()
 
 
 def test_a_request_that_turned_out_dearer_takes_room():
-    budget = Budget(1.0)
-    budget.reserve(0.3)
-    budget.settle(0.3, charged=0.8)
-    assert not budget.reserve(0.3)
+    budget = Budget(1.0, price=0.3)
+    budget.reserve()
+    budget.settle(0.8)
+    assert not budget.reserve()
+
+
+def test_once_a_request_was_dearer_that_is_reserved_for_all_under_way():
+    budget = Budget(10.0, price=1.0)
+    assert all(budget.reserve() for _ in range(4))
+    budget.settle(2.5)
+    assert budget.spent == 2.5 + 3 * 2.5
+    assert not budget.reserve()
+
+
+def test_a_request_from_before_replaces_its_own_estimate():
+    budget = Budget(10.0, spent=3.0, price=1.0)
+    budget.correct(estimate=1.0, charged=0.5)
+    assert (budget.spent, budget.price) == (2.5, 1.0)
 
 
 def test_a_limit_of_nothing_lets_only_free_requests_through():
-    budget = Budget(0.0)
-    assert budget.reserve(0.0)
-    assert not budget.reserve(0.01)
+    assert Budget(0.0).reserve()
+    assert not Budget(0.0, price=0.01).reserve()
 
 
 def test_threads_together_reserve_no_more_than_the_limit():
-    budget = Budget(50.0)
+    budget = Budget(50.0, price=1.0)
     with ThreadPoolExecutor(16) as pool:
-        granted = sum(pool.map(lambda _: budget.reserve(1.0), range(200)))
+        granted = sum(pool.map(lambda _: budget.reserve(), range(200)))
     assert granted == 50
 
 
@@ -67,6 +79,14 @@ def test_a_streak_breaks_at_its_limit_and_remembers_the_last_reason():
     streak.failed("three")
     assert streak.broken
     assert streak.last == "three"
+
+
+def test_a_streak_that_broke_stays_broken_with_its_reason():
+    streak = Streak(1)
+    streak.failed("one")
+    streak.failed("two")
+    streak.succeeded()
+    assert (streak.broken, streak.last) == (True, "one")
 
 
 def test_a_success_starts_the_streak_anew():

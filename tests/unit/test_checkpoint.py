@@ -183,8 +183,8 @@ def test_a_missing_state_is_named(saved):
 
 def test_a_later_format_is_refused(saved):
     state = json.loads((saved / "state.json").read_text())
-    (saved / "state.json").write_text(json.dumps(state | {"format": 4}))
-    with pytest.raises(UserError, match="checkpoint format 4, this afd reads 3"):
+    (saved / "state.json").write_text(json.dumps(state | {"format": 5}))
+    with pytest.raises(UserError, match="checkpoint format 5, this afd reads 4"):
         load_state(saved)
 
 
@@ -262,6 +262,12 @@ def test_the_newest_complete_checkpoint_is_found(saved):
     shutil.copytree(saved, saved.with_name("step-000020.part"))
     assert latest_checkpoint(saved.parent) == saved.with_name("step-000012")
     assert latest_checkpoint(saved.parent / "nowhere") is None
+
+
+def test_the_newest_is_the_one_of_most_steps_however_many_digits_they_have(saved):
+    for name in ("step-999950", "step-1000000", "step-notes"):
+        shutil.copytree(saved, saved.with_name(name))
+    assert latest_checkpoint(saved.parent) == saved.with_name("step-1000000")
 
 
 def test_pruning_keeps_the_newest(saved):

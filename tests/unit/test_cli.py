@@ -53,12 +53,15 @@ def test_help_lists_the_commands_and_cuts_no_summary(afd):
 
 def test_help_of_cache_lists_its_commands_and_cuts_no_summary(afd):
     text = afd("cache", "--help").stdout
-    for name in ("status", "inspect", "verify", "reconcile", "resubmit", "prune", "merge", "push", "pull", "migrate"):
+    for name in ("status", "inspect", "verify", "reconcile", "resubmit", "give-up", "prune", "merge", "push", "pull",
+                 "migrate"):  # fmt: skip
         assert re.search(rf"^  {name} ", text, re.MULTILINE)
     assert "..." not in text.partition("Commands:")[2]
 
 
-CACHE_COMMANDS = [f"cache {name}" for name in ("status", "reconcile", "resubmit", "prune", "merge", "push", "pull")]
+CACHE_COMMANDS = [
+    f"cache {name}" for name in ("status", "reconcile", "resubmit", "give-up", "prune", "merge", "push", "pull")
+]
 
 
 @pytest.mark.parametrize("command", ["cache-teacher", "train", "eval", "run", "generate", *CACHE_COMMANDS])

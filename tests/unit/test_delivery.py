@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
 import pytest
 
-from afd_data.acceptance import RejectedError, make_mp4
-from afd_data.config import VideoConfig
+from afd_data.acceptance import RejectedError, make_mp4, read_and_check
+from afd_data.config import CacheConfig, VideoConfig
+from afd_data.errors import UserError
 from afd_data.files import file_sha256
 from afd_data.sound import RATE, drop_sound, has_sound
 from afd_data.teacher_config import Adaptation
-from afd_data.teachers import Request
+from afd_data.teachers import Request, UnreachableError
 from afd_data.teachers.clip import bring_frames
 from afd_data.teachers.delivery import deliver
 from afd_data.video import probe, read_video, write_mp4
@@ -198,3 +203,80 @@ def test_a_video_without_sound_gets_none(tmp_path: Path) -> None:
     write_mp4(tmp_path / "a", levels(20), VIDEO)
     deliver(tmp_path / "a", tmp_path / "b", asked(), RULES, "a")
     assert not has_sound(tmp_path / "b")
+
+
+@pytest.mark.parametrize("frames", [12, 20], ids=["as asked", "encoded again"])
+@pytest.mark.parametrize("audio", ["keep", "drop"])
+def test_sound_of_a_codec_that_nobody_knows_is_no_sound(
+    tmp_path: Path, frames: int, audio: Literal["keep", "drop"]
+) -> None:
+    film(tmp_path / "a", levels(frames), tone_from_s=0.0)
+    foreign(tmp_path / "a")
+    deliver(tmp_path / "a", tmp_path / "b", asked(), RULES, "a")
+    make_mp4(tmp_path / "b", levels(12), VIDEO, audio)
+    assert np.array_equal(read_video(tmp_path / "b").frames, levels(12))
+    assert has_sound(tmp_path / "b") == (frames == 12 and audio == "keep")  # a video as asked keeps its bytes
+
+
+def foreign(path: Path) -> None:
+    """Make the sound of an mp4 one of a codec that has no decoder."""
+    data = bytearray(path.read_bytes())
+    assert data.count(b"mp4a") == 1
+    at = data.index(b"\x40\x15", data.index(b"esds"))  # the type of the sound in its decoder's configuration
+    data[at] = 0xDD
+    at = data.index(b"mp4a")
+    data[at : at + 4] = b"ac-4"
+    path.write_bytes(data)
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """A process that has as many files open as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held: list[int] = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, hard))
+        with suppress(OSError):
+            while True:
+                held.append(os.open("/dev/null", os.O_RDONLY))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for number in held:
+            os.close(number)
+
+
+def test_a_machine_that_can_open_no_more_files_is_not_the_fault_of_the_video(tmp_path: Path) -> None:
+    film(tmp_path / "a", levels(12))
+    with no_more_files(), pytest.raises(OSError, match="Too many open files"):
+        read_and_check(tmp_path / "a", VIDEO, CacheConfig())
+    with no_more_files(), pytest.raises(UnreachableError, match=r"^job 7 cannot be worked on here now: Too many open"):
+        deliver(tmp_path / "a", tmp_path / "b", asked(), RULES, "job 7")
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "ffconcat version 1.0\nfile '{other}'\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:1.0,\n{other}\n#EXT-X-ENDLIST\n",
+    ],
+    ids=["ffconcat", "HLS"],
+)
+@pytest.mark.parametrize("name", ["a.mp4", "a.m3u8", "a"])
+def test_a_script_that_plays_other_files_is_no_video(tmp_path: Path, script: str, name: str) -> None:
+    film(tmp_path / "private.mp4", levels(12))
+    other = "private.mp4" if "ffconcat" in script else tmp_path / "private.mp4"  # as each would accept it
+    (tmp_path / name).write_text(script.format(other=other))
+    with pytest.raises(RejectedError, match=r"^undecodable: job 7: not a video"):
+        deliver(tmp_path / name, tmp_path / "b", asked(), RULES, "job 7")
+    with pytest.raises(UserError, match="not a video"):
+        read_video((tmp_path / name).read_bytes(), decoder="pyav")
+
+
+def test_a_reason_does_not_tell_where_the_video_lies(tmp_path: Path) -> None:
+    film(tmp_path / "a", levels(12))
+    (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes()[:-900])
+    with pytest.raises(RejectedError, match=r"^undecodable: the video: ") as caught:
+        read_and_check(tmp_path / "a", VIDEO, CacheConfig())
+    assert str(tmp_path) not in str(caught.value)

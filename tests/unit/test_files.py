@@ -1,5 +1,6 @@
 """Files that are complete or absent, and folders with one writer."""
 
+import fcntl
 import subprocess
 import sys
 from contextlib import suppress
@@ -52,6 +53,22 @@ def test_a_second_writer_is_refused_and_told_who_holds_the_folder(tmp_path, hold
     message = f"cache x: another afd process .pid {holder.pid}. is writing here"
     with pytest.raises(UserError, match=message), one_writer(tmp_path / ".lock", "cache x"):
         pass
+
+
+def test_one_who_looks_whether_a_folder_is_held_does_not_hold_it(tmp_path):
+    (tmp_path / ".lock").touch()
+    with open(tmp_path / ".lock") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        assert not is_held(tmp_path / ".lock")
+
+
+def test_looking_makes_no_lock_file_and_needs_no_right_to_write(tmp_path):
+    assert not is_held(tmp_path / ".lock")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".lock").touch(mode=0o444)
+    tmp_path.chmod(0o555)
+    assert not is_held(tmp_path / ".lock")
+    tmp_path.chmod(0o755)
 
 
 def test_a_killed_writer_holds_nothing(tmp_path, holder):

@@ -7,6 +7,7 @@ import json
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -20,6 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from afd_data.acceptance import RejectedError
 from afd_data.config import VideoConfig
 from afd_data.errors import UserError
 from afd_data.provider_config import ProviderConfig, TrafficConfig
@@ -89,7 +91,7 @@ def test_fields_are_sent_as_multipart(server: Server, client: Client):
     assert b'name="prompt"\r\n\r\np\r\n' in body
 
 
-@pytest.mark.parametrize("status", [303, 408, 409, 500, 502, 503, 504])
+@pytest.mark.parametrize("status", [300, 302, 303, 408, 409, 500, 502, 503, 504])
 def test_an_order_that_may_have_been_taken_is_never_sent_again(server: Server, client: Client, status: int):
     server.script["/v1/jobs"] = [_say(status, {"error": "x"}, **{"Retry-After": "0"})]
     with pytest.raises(UnknownError):
@@ -148,7 +150,7 @@ def test_a_refused_connection_is_tried_again_and_then_has_failed(server: Server,
 def test_a_host_without_an_address_was_not_ordered_from(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("A_KEY", KEY)
     with pytest.raises(FailedError):
-        Client(_config("http://no-such-host.invalid/v1")).order("jobs", {})
+        Client(_config("https://no-such-host.invalid/v1")).order("jobs", {})
 
 
 def test_a_proxy_that_is_not_there_was_not_ordered_through(client: Client, monkeypatch: pytest.MonkeyPatch):
@@ -195,7 +197,7 @@ def test_a_declined_order_tells_status_and_body(server: Server, client: Client):
     assert (caught.value.status, caught.value.body) == (422, {"error": {"code": "bad"}})
 
 
-@pytest.mark.parametrize("status", [301, 302, 307, 308])
+@pytest.mark.parametrize("status", [301, 307, 308])
 def test_a_redirected_order_is_not_followed(server: Server, client: Client, stranger: Server, status: int):
     server.script["/v1/jobs"] = [_raw(status, b"", Location=f"{stranger.url}/jobs")]
     with pytest.raises(UserError, match=r"teacher\.base_url"):
@@ -234,14 +236,52 @@ def test_a_wrong_key_names_the_variable(server: Server, client: Client):
     assert KEY not in str(caught.value)
 
 
-def test_retry_after_is_waited_for_but_not_longer_than_the_recipe_says(
-    server: Server, client: Client, monkeypatch: pytest.MonkeyPatch
-):
-    waits: list[float] = []
-    monkeypatch.setattr("afd_data.teachers.http.time.sleep", waits.append)
-    server.script["/v1/jobs"] = [_say(429, {}, **{"Retry-After": s}) for s in ("0.015", "3600")] + [_say(200, {})]
+def test_retry_after_is_waited_for_but_not_longer_than_the_recipe_says(server: Server):
+    client = Client(_config(f"{server.url}/v1", key=None, longest_wait_s=0.3))
+    server.script["/v1/jobs"] = [_say(429, {}, **{"Retry-After": s}) for s in ("0.2", "3600")] + [_say(200, {})]
+    begin = time.monotonic()
     client.order("jobs", {})
-    assert [wait for wait in waits if wait] == [0.015, 0.02]
+    assert 0.5 <= time.monotonic() - begin < 1.0
+
+
+def test_what_one_order_is_told_by_429_all_others_wait_for(server: Server):
+    client = Client(_config(f"{server.url}/v1", key=None, attempts=1, longest_wait_s=1.0))
+    server.script["/v1/jobs"] = [_say(429, {}, **{"Retry-After": "0.2"})]
+    with pytest.raises(FailedError):
+        client.order("jobs", {})
+    begin = time.monotonic()
+    assert client.turn(threading.Event())
+    assert 0.15 <= time.monotonic() - begin < 0.9
+
+
+def test_a_stop_while_an_order_waits_to_be_sent_again_ends_it_unordered(server: Server):
+    client, stop = Client(_config(f"{server.url}/v1", key=None, longest_wait_s=60.0)), threading.Event()
+    server.script["/v1/jobs"] = [_say(429, {"error": "quota"}, **{"Retry-After": "60"})]
+    assert client.turn(stop)
+    threading.Timer(0.1, stop.set).start()
+    with pytest.raises(FailedError, match=r"stopped before it was ordered: 429 .*quota"):
+        client.order("jobs", {})
+    assert server.count("/v1/jobs") == 1
+    assert not client.turn(stop)
+
+
+def test_no_more_orders_does_not_mean_that_jobs_are_left_alone(
+    server: Server, client: Client, tmp_path: Path, mp4: bytes
+):
+    stop = threading.Event()
+    stop.set()
+    assert not client.turn(stop)
+    server.script |= {"/v1/jobs/7": [_say(503, {}), _say(200, {"id": "7"})], "/v1/a": [_raw(503, b""), _raw(200, mp4)]}
+    assert client.ask("jobs/7") == {"id": "7"}
+    client.download(lambda: "a", tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == mp4
+
+
+def test_an_answer_can_always_be_written_down(server: Server, client: Client):
+    body = b'{"prompt": "a dog \\ud83d", "cost": NaN, "price": 1e400, "whole": "\\ud83d\\ude00"}'
+    server.script["/v1/jobs/7"] = [_raw(200, body)]
+    assert client.ask("jobs/7") == {"prompt": "a dog ?", "cost": None, "price": None, "whole": "\U0001f600"}
+    assert client.clean("half \ud83d") == "half ?"
 
 
 def test_a_video_is_downloaded(server: Server, client: Client, tmp_path: Path, mp4: bytes):
@@ -320,7 +360,45 @@ def test_a_video_that_is_gone_at_every_address_is_lost(client: Client, stranger:
     stranger.script["/a"] = [_raw(404, b"")]
     with pytest.raises(LostError):
         client.download(lambda: f"{stranger.url}/a", tmp_path / "a")
-    assert stranger.count("/a") == 2
+    assert stranger.count("/a") == 3
+
+
+def test_a_video_that_comes_back_after_two_refusals_is_taken(
+    client: Client, stranger: Server, tmp_path: Path, mp4: bytes
+):
+    stranger.script["/a"] = [_raw(403, b""), _raw(403, b""), _raw(200, mp4)]
+    client.download(lambda: f"{stranger.url}/a", tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == mp4
+
+
+def test_what_comes_whole_every_time_and_is_no_video_is_rejected(
+    server: Server, client: Client, tmp_path: Path, mp4: bytes
+):
+    server.script["/v1/a"] = [_raw(200, mp4[: len(mp4) // 2])]
+    with pytest.raises(RejectedError, match=r"^undecodable: "):
+        client.download(lambda: "a", tmp_path / "a")
+    assert server.count("/v1/a") == 3
+
+
+@pytest.mark.parametrize("body", [b"", b'{"error": "busy"}', b"\n<html>"])
+def test_an_empty_answer_and_a_page_say_nothing_of_the_video(
+    server: Server, client: Client, tmp_path: Path, body: bytes
+):
+    server.script["/v1/a"] = [_raw(200, body)]
+    with pytest.raises(UnreachableError):
+        client.download(lambda: "a", tmp_path / "a")
+
+
+def test_what_never_says_its_length_may_be_cut_short(server: Server, client: Client, tmp_path: Path, mp4: bytes):
+    server.script["/v1/a"] = [_cut(mp4, len(mp4) // 2, sized=False)]
+    with pytest.raises(UnreachableError):
+        client.download(lambda: "a", tmp_path / "a")
+
+
+@pytest.mark.parametrize("address", ["http://[bad", "file:///etc/passwd", "http://h:port/a"])
+def test_an_address_of_a_video_that_is_none_is_unreachable(client: Client, tmp_path: Path, address: str):
+    with pytest.raises(UnreachableError):
+        client.download(lambda: address, tmp_path / "a")
 
 
 def test_an_expired_address_does_not_use_up_the_only_try(server: Server, tmp_path: Path, mp4: bytes):
@@ -361,6 +439,21 @@ def test_an_unreachable_signed_address_is_not_told(server: Server, client: Clien
 def test_an_address_that_is_none_is_a_user_error(address: str):
     with pytest.raises(UserError, match=r"teacher\.base_url"):
         Client(_config(address, key=None))
+
+
+@pytest.mark.parametrize("host", ["api.example.com", "8.8.8.8", "[2001:4860:4860::8888]"])
+def test_the_key_does_not_go_to_a_public_host_in_plain_text(host: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("A_KEY", KEY)
+    with pytest.raises(UserError, match=r"teacher\.base_url: .* plain text. Write https://"):
+        Client(_config(f"http://{host}/v1"))
+    Client(_config(f"https://{host}/v1"))
+    Client(_config(f"http://{host}/v1", key=None))
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]", "10.1.2.3", "192.168.0.9", "node7", "gpu.local"])
+def test_the_key_goes_to_hosts_nearby_in_plain_text(host: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("A_KEY", KEY)
+    Client(_config(f"http://{host}:8000/v1"))
 
 
 def test_a_login_in_the_address_is_refused_and_not_repeated():

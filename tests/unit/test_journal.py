@@ -176,6 +176,24 @@ def test_a_journal_of_another_version_is_refused(tmp_path):
         Journal(tmp_path / "journal.sqlite")
 
 
+def test_a_journal_that_is_being_made_is_not_called_one_of_version_0(tmp_path):
+    sqlite3.connect(tmp_path / "journal.sqlite").execute("PRAGMA journal_mode = WAL").connection.close()
+    with pytest.raises(UserError, match="is being made at this moment"):
+        Journal(tmp_path / "journal.sqlite", writable=False)
+    Journal(tmp_path / "journal.sqlite").close()
+
+
+@pytest.mark.parametrize("state", ["planned", "intent", "unknown"])
+def test_a_journal_from_before_the_shards_is_said_to_be_older_than_they(journal, state):
+    if state != "planned":
+        journal.move(1, "intent")
+    if state == "unknown":
+        journal.move(1, "unknown", reason="no answer")
+    with pytest.raises(UserError, match="the journal is older than the shards"):
+        journal.move(1, "sealed", shard="data/train/000000.tar")
+    assert states(journal)[0] == state
+
+
 def test_a_file_that_is_no_database_is_refused(tmp_path):
     (tmp_path / "journal.sqlite").write_bytes(b"not a database at all" * 100)
     with pytest.raises(UserError, match="not a journal"):

@@ -16,7 +16,7 @@ import torch
 from afd_data.config import StreamConfig
 from afd_data.errors import UserError
 from afd_data.examples import Example
-from afd_data.margins import Margin, read_margins, read_rows, write_margins
+from afd_data.margins import Margin, read_rows, write_margins
 from afd_data.stream import Stream
 from afd_train.config import TrainConfig
 from afd_train.margins import Margins
@@ -28,7 +28,6 @@ ROWS = [Margin("b", 0.5, 7, 2, 1), Margin("a", -1.25, 3, 1, 0)]
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     path = tmp_path / "margins.parquet"
     write_margins(path, ROWS)
-    assert read_margins(path) == {"a": -1.25, "b": 0.5}
     assert read_rows(path) == ROWS[::-1]
     assert pyarrow.parquet.read_table(path).schema.names == ["prompt_id", "margin", "step", "count", "generation"]
 
@@ -41,12 +40,12 @@ def test_the_bytes_do_not_depend_on_the_order(tmp_path: Path) -> None:
 
 def test_no_prompts_are_a_file_too(tmp_path: Path) -> None:
     write_margins(tmp_path / "none", [])
-    assert read_margins(tmp_path / "none") == {}
+    assert read_rows(tmp_path / "none") == []
 
 
 def test_a_missing_file_says_who_writes_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no margins\. `afd train` with the objective afd writes them"):
-        read_margins(tmp_path / "margins.parquet")
+        read_rows(tmp_path / "margins.parquet")
 
 
 @pytest.mark.parametrize("kind", ["text", "cut", "columns", "empty cell", "not finite", "twice", "hostile id"])
@@ -71,7 +70,7 @@ def test_a_damaged_or_foreign_file_is_named(tmp_path: Path, kind: str) -> None:
             }[kind]
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist([rows[0] | change, rows[1]], table.schema), path)
     with pytest.raises(UserError, match=r"margins\.parquet: "):
-        read_margins(path)
+        read_rows(path)
 
 
 ONE = Processes(open_accelerator(), TrainConfig())  # process

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import IO
 
 import fsspec
+import pyarrow.parquet
 import pytest
 
 from afd_data.disk_cache import DiskCache
 from afd_data.errors import UserError
 from afd_data.examples import Reading, read_example, read_places
 from afd_data.files import file_sha256
-from afd_data.index import index_path, read_index, update_index
+from afd_data.index import index_path, read_index, schema, update_index
 from afd_data.inspection import inspect, verify
 from afd_data.origin import (
     address,
@@ -28,13 +35,14 @@ from afd_data.origin import (
     remove,
     set_origin,
     sizes,
+    steady,
     update_head,
     whole,
 )
-from afd_data.origin_record import ORIGIN, Origin, home, read_origin
-from afd_data.shards import MANIFEST, Manifest, read_manifest, write_manifest, write_shard
+from afd_data.origin_record import MAX_BYTES, ORIGIN, WRITER, Origin, home, read_origin
+from afd_data.shards import MANIFEST, Manifest, Shard, read_manifest, write_manifest, write_shard
 from afd_data.storage import checked_url, open_storage, shown
-from tests.hub_server import HubServer
+from tests.hub_server import HubServer, connect
 from tests.unit.test_stream import cache, content
 
 URL = "memory://bucket/cache"
@@ -88,6 +96,11 @@ def copies() -> list[Path]:
     return sorted(path for path in (home() / "samples").glob("??/*") if path.is_file())
 
 
+def first_shard(folder: Path) -> Shard:
+    """The one that is FILE."""
+    return read_manifest(folder).shards[0]
+
+
 # Heads
 
 
@@ -125,11 +138,22 @@ def test_update_head_shows_what_came_since(uploaded: Path, tmp_path: Path) -> No
     assert len(read_manifest(head).shards) == 7
 
 
-def test_an_index_that_is_gone_at_the_origin_is_gone_in_the_head(uploaded: Path) -> None:
+def test_an_index_that_is_gone_at_the_origin_is_gone_in_the_head(uploaded: Path, tmp_path: Path) -> None:
     head = local_head(URL)
+    upload(cache(tmp_path / "larger", per_shard=1), URL)
     fsspec.filesystem("memory").rm_file("/bucket/cache/index/train.parquet")
     update_head(head)
     assert not index_path(head, "train").exists()
+
+
+def test_an_index_is_fetched_again_only_where_something_changed(uploaded: Path, tmp_path: Path) -> None:
+    head = local_head(URL)
+    before = index_path(head, "train").stat().st_ino
+    update_head(head)
+    assert index_path(head, "train").stat().st_ino == before
+    index_path(head, "train").unlink()  # as a message about a damaged one asks for
+    update_head(head)
+    assert read_index(head, "train") == read_index(uploaded, "train")
 
 
 def test_a_head_that_cannot_be_updated_stays_as_it_was(uploaded: Path) -> None:
@@ -194,6 +218,11 @@ def test_an_address_with_a_login_or_a_query_is_refused_without_repeating_it(sour
     assert "secret" not in str(refused.value)
 
 
+def test_an_address_that_is_none_is_refused() -> None:
+    with pytest.raises(UserError, match=r"s3://\[x/y: not an address"):
+        checked_url("s3://[x/y")
+
+
 def test_a_revision_is_no_login() -> None:
     assert checked_url(f"{HUB}@v1.0/") == f"{HUB}@v1.0"
 
@@ -231,16 +260,16 @@ def test_a_range_over_the_end_is_cut_there(uploaded: Path) -> None:
 
 
 def test_a_whole_tar_is_a_copy_for_as_long_as_it_is_used(uploaded: Path) -> None:
-    with whole(local_head(URL), FILE) as path:
+    with whole(local_head(URL), first_shard(uploaded)) as path:
         assert file_sha256(path) == read_manifest(uploaded).shards[0].sha256
         assert path != uploaded / FILE
     assert not path.exists()
-    with whole(uploaded, FILE) as path:
+    with whole(uploaded, first_shard(uploaded)) as path:
         assert path == uploaded / FILE
 
 
 def test_a_message_about_a_copy_names_the_original(uploaded: Path) -> None:
-    with pytest.raises(UserError, match=rf"^{URL}/{FILE}: odd$"), whole(local_head(URL), FILE) as path:
+    with pytest.raises(UserError, match=rf"^{URL}/{FILE}: odd$"), whole(local_head(URL), first_shard(uploaded)) as path:
         raise UserError(f"{path}: odd")
 
 
@@ -249,7 +278,7 @@ def test_a_tar_that_is_gone_at_the_origin_is_named(uploaded: Path) -> None:
     fsspec.filesystem("memory").rm_file(f"/bucket/cache/{FILE}")
     with pytest.raises(UserError, match=rf"{URL}/{FILE}: gone"):
         read_range(head, FILE, 0, 1)
-    with pytest.raises(UserError, match=rf"{URL}/{FILE}: gone"), whole(head, FILE):
+    with pytest.raises(UserError, match=rf"{URL}/{FILE}: gone"), whole(head, first_shard(uploaded)):
         pass
 
 
@@ -261,6 +290,57 @@ def test_a_member_that_is_another_at_the_origin_is_refused(uploaded: Path) -> No
     with pytest.raises(UserError, match=message):
         read_example(Reading(head, "pyav", None), place)
     assert not copies()
+
+
+def test_a_hostile_index_at_the_origin_removes_no_file_of_the_reader(uploaded: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "thesis"
+    victim.write_text("years of work")
+    rows = [row | {"mp4_sha256": str(victim)} for row in read_index(uploaded, "train").to_pylist()]
+    part = tmp_path / "index.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema()), part)
+    fsspec.filesystem("memory").pipe_file("/bucket/cache/index/train.parquet", part.read_bytes())
+    with pytest.raises(UserError, match="a sha256 that is none; remove it"):
+        examples(local_head(URL))
+    assert victim.read_text() == "years of work"
+
+
+def test_only_a_hash_names_a_copy(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError):
+        DiskCache(tmp_path / "kept", limit_bytes=10).get(str(tmp_path))
+
+
+@pytest.mark.parametrize("file", [MANIFEST, "index/train.parquet"])
+def test_what_is_larger_than_it_may_be_is_not_fetched(
+    uploaded: Path, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MAX_BYTES, Path(file).suffix, 100)
+    with pytest.raises(UserError, match=rf"{URL}/{file}: has \d+ bytes, at most 100 are fetched"):
+        local_head(URL)
+
+
+def test_a_tar_that_is_larger_than_the_manifest_says_is_not_fetched(uploaded: Path) -> None:
+    head, shard = local_head(URL), first_shard(uploaded)
+    message = f"at most {shard.bytes - 1} are fetched"
+    with pytest.raises(UserError, match=message), whole(head, replace(shard, bytes=shard.bytes - 1)):
+        pass
+
+
+def test_a_head_is_not_updated_while_it_is_held_steady(uploaded: Path, tmp_path: Path) -> None:
+    head = local_head(URL)
+    upload(cache(tmp_path / "larger", per_shard=1), URL)
+    with ThreadPoolExecutor() as pool:
+        with steady(head) as pinned:
+            update = pool.submit(update_head, head)
+            time.sleep(0.2)
+            assert len(read_manifest(head).shards) == 3
+        update.result(timeout=30)
+    assert pinned == URL
+    assert len(read_manifest(head).shards) == 7
+
+
+def test_a_folder_without_an_origin_is_steady(sealed: Path) -> None:
+    with steady(sealed) as pinned:
+        assert pinned is None
 
 
 # Copies of samples
@@ -456,6 +536,51 @@ def test_a_file_place_is_written_to_as_well(tmp_path: Path) -> None:
     assert verify(tmp_path / "there") == []
 
 
+def test_a_file_place_never_holds_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = open_storage(f"file://{tmp_path}/there")
+    (tmp_path / "old").write_bytes(b"old" * 100)
+    (tmp_path / "new").write_bytes(b"new" * 100)
+    storage.send(tmp_path / "old", "file")
+
+    def full(source: IO[bytes], target: IO[bytes]) -> None:
+        target.write(source.read(10))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    with pytest.raises(UserError, match="No space left"):
+        storage.send(tmp_path / "new", "file")
+    assert (tmp_path / "there" / "file").read_bytes() == b"old" * 100
+
+
+def test_of_two_who_mark_a_place_at_once_one_succeeds(tmp_path: Path) -> None:
+    def create(text: bytes) -> bool:
+        try:
+            open_storage(f"file://{tmp_path}/there")._put_new(text, "mark")
+        except FileExistsError:
+            return False
+        return True
+
+    with ThreadPoolExecutor() as pool:
+        assert sorted(pool.map(create, [b"a", b"b", b"c"])) == [False, False, True]
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["mark"]
+
+
+def test_nothing_is_sent_and_no_tar_dropped_where_another_cache_took_the_place(tmp_path: Path) -> None:
+    folder = writer(tmp_path / "cache")
+    seal(folder, "pa-00")
+    fsspec.filesystem("memory").pipe_file(f"/bucket/cache/{WRITER}", b'{"writer": "another"}')
+    with pytest.raises(UserError, match=f"{URL}: another cache lies there"):
+        publish(folder)
+    assert (folder / FILE).exists()
+    assert open_storage(URL).size(FILE) is None
+
+
+def test_a_damaged_mark_is_named(tmp_path: Path) -> None:
+    fsspec.filesystem("memory").pipe_file(f"/bucket/cache/{WRITER}", b'{"wri')
+    with pytest.raises(UserError, match=f"{URL}/{WRITER}: damaged. If no other cache is written there, remove it"):
+        writer(tmp_path / "cache")
+
+
 def test_address_says_where_a_tar_lies(uploaded: Path) -> None:
     assert address(uploaded, FILE) == str(uploaded / FILE)
     assert address(local_head(URL), FILE) == f"{URL}/{FILE}"
@@ -518,6 +643,49 @@ def test_a_dataset_on_the_hub_is_read_at_one_commit(hub: HubServer, sealed: Path
     assert len(read_manifest(head).shards) == 7
 
 
+def test_a_reader_stays_at_its_commit_when_another_process_updates_the_head(
+    hub: HubServer, sealed: Path, tmp_path: Path
+) -> None:
+    on_hub(hub, sealed)
+    head = local_head(HUB)
+    with steady(head) as pinned:
+        places = read_places(head, "train")
+    repository = hub.repos["datasets", NAME]
+    tree = repository.commits[repository.branches["main"]]
+    repository.commit({path: data for path, data in tree.items() if path != FILE}, "prune")
+    update_head(head)
+    gone = [place for place in places.values() if place.shard.file == FILE]
+    assert len(gone) == 3
+    for place in gone:
+        with pytest.raises(UserError, match="gone"):
+            read_example(Reading(head, "pyav", None), place)
+        assert read_example(Reading(head, "pyav", None, pinned=pinned), place).key == place.key
+
+
+def test_a_commit_that_is_known_is_not_fetched_again(hub: HubServer, sealed: Path) -> None:
+    on_hub(hub, sealed)
+    head = local_head(HUB)
+    hub.requests.clear()
+    update_head(head)
+    assert len(hub.requests) == 1
+
+
+def test_a_hub_that_does_not_answer_is_a_message(
+    hub: HubServer, sealed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_hub(hub, sealed)
+    head = local_head(HUB)
+    connect("http://127.0.0.1:9", tmp_path / "hf", monkeypatch)  # where nobody answers
+    with pytest.raises(UserError, match=f"{HUB}: cannot be downloaded"):
+        update_head(head)
+    assert len(read_places(head, "train")) == 7
+
+
+def test_a_name_that_the_hub_does_not_take_is_a_message() -> None:
+    with pytest.raises(UserError, match=r"hf://datasets/a\.\.b/c: .*a\.\.b"):
+        local_head("hf://datasets/a..b/c")
+
+
 def test_a_sample_of_the_hub_is_one_request_of_its_size(hub: HubServer, sealed: Path) -> None:
     on_hub(hub, sealed)
     head = local_head(HUB)
@@ -529,7 +697,7 @@ def test_a_sample_of_the_hub_is_one_request_of_its_size(hub: HubServer, sealed: 
 
 
 def test_a_dataset_that_is_not_there_is_named(hub: HubServer) -> None:
-    with pytest.raises(UserError, match=f"{HUB}: no such dataset, or no access"):
+    with pytest.raises(UserError, match=f"{HUB}: no such repository, or no access"):
         local_head(HUB)
 
 

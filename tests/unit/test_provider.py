@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import inf
@@ -11,29 +12,31 @@ from math import inf
 import pytest
 
 from afd_data.config import VideoConfig
-from afd_data.provider_config import FalConfig, TrafficConfig, VideosConfig
-from afd_data.teachers import FailedError, RefusedError, Request, UnknownError, UnreachableError
+from afd_data.provider_config import ArkConfig, FalConfig, TrafficConfig, VideosConfig
+from afd_data.teachers import FailedError, LostError, RefusedError, Request, UnknownError, UnreachableError
+from afd_data.teachers.ark import Ark
 from afd_data.teachers.fal import Fal, queue_of
-from afd_data.teachers.provider import expiry, is_refusal, order_of, seconds
+from afd_data.teachers.provider import expiry, is_refusal, number, order_of, seconds
 from afd_data.teachers.videos import Videos
 
 NOON = 1_795_435_200.0  # 2026-11-23T12:00:00Z
 REQUEST = Request("f" * 64, "p", "a ball", 0, 5, VideoConfig(width=64, height=48, frames=24, fps=12.0))
 TRAFFIC = TrafficConfig(attempts=1, timeout_s=5.0, longest_wait_s=0.01)
-Answering = Callable[[object], str]
+Answering = Callable[..., str]
 
 
 @pytest.fixture
 def answering() -> Iterator[Answering]:
-    """`answering(body)` -> the address of a server that says 200 and this JSON to whatever it is asked."""
-    said: list[bytes] = []
+    """`answering(body, status=200)` -> the address of a server that says this to whatever it is asked from now on."""
+    said: list[tuple[int, bytes]] = []
 
     class Handler(BaseHTTPRequestHandler):
         def _answer(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            self.send_response(200)
+            status, body = said[-1]
+            self.send_response(status)
             self.end_headers()
-            self.wfile.write(said[-1])
+            self.wfile.write(body)
 
         do_GET = do_POST = _answer
 
@@ -43,8 +46,8 @@ def answering() -> Iterator[Answering]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
         threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
 
-        def start(body: object) -> str:
-            said.append(json.dumps(body).encode())
+        def start(body: object, status: int = 200) -> str:
+            said.append((status, json.dumps(body).encode()))
             return f"http://127.0.0.1:{http.server_port}/v1"
 
         yield start
@@ -93,11 +96,22 @@ def test_other_errors_are_no_refusals(body: object):
         ("X-Amz-Date=yesterday&X-Amz-Expires=3600", inf),
         ("X-Amz-Date=20261123T110000Z", inf),
         ("se=later", inf),
+        ("Expires=\u00b2", inf),
+        ("X-Amz-Date=20261123T110000Z&X-Amz-Expires=nan", inf),
         ("", inf),
     ],
 )
 def test_a_signed_address_says_when_it_expires(query: str, expected: float):
     assert expiry(f"https://h/a.mp4?{query}") == expected
+
+
+def test_an_address_that_is_none_never_expires():
+    assert expiry("http://[bad") == inf
+
+
+@pytest.mark.parametrize("cost", [float("nan"), float("inf"), -1.0, 10**400, True, "1", None])
+def test_a_cost_that_is_no_number_is_not_told(cost: object):
+    assert number({"cost": cost}, "cost") is None
 
 
 @pytest.mark.parametrize(
@@ -108,6 +122,9 @@ def test_a_signed_address_says_when_it_expires(query: str, expected: float):
         ("2026-11-23T13:00:00+01:00", NOON),
         (None, None),
         ("x", None),
+        (float("nan"), None),
+        (10**400, None),
+        ("0001-01-01T00:00:00", None),
     ],
 )
 def test_moments_are_numbers_or_texts(moment: object, expected: float | None):
@@ -153,6 +170,65 @@ def test_an_accepted_order_without_an_id_is_unknown(answering: Answering):
     videos = Videos(VideosConfig(base_url=answering({"status": "queued"}), traffic=TRAFFIC))
     with pytest.raises(UnknownError, match="no 'id'"):
         videos.submit(REQUEST)
+
+
+def test_a_job_that_was_just_taken_may_be_unknown_for_a_moment(answering: Answering):
+    videos = Videos(VideosConfig(base_url=answering({"id": "7"}), traffic=TRAFFIC))
+    assert videos.submit(REQUEST) == "7"
+    answering({"error": "no such job"}, 404)
+    assert videos.poll("7").state == "queued"
+    answering({"id": "7", "status": "running"})
+    assert videos.poll("7").state == "running"
+    answering({"error": "no such job"}, 404)
+    with pytest.raises(LostError):
+        videos.poll("7")
+
+
+def test_a_job_that_stays_unknown_for_a_minute_is_lost(answering: Answering, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("afd_data.teachers.provider.YOUNG_S", 0.0)
+    videos = Videos(VideosConfig(base_url=answering({"id": "7"}), traffic=TRAFFIC))
+    videos.submit(REQUEST)
+    answering({"error": "no such job"}, 404)
+    with pytest.raises(LostError):
+        videos.poll("7")
+
+
+def test_a_failure_whose_cost_is_not_told_may_have_been_charged(answering: Answering):
+    videos = Videos(VideosConfig(base_url=answering({"id": "7", "status": "failed"}), traffic=TRAFFIC))
+    with pytest.raises(FailedError) as caught:
+        videos.poll("7")
+    assert caught.value.cost is None
+
+
+def test_a_late_refusal_whose_cost_is_not_told_may_have_been_charged(answering: Answering):
+    base_url = answering({"status": "COMPLETED", "error_type": "content_policy_violation"})
+    fal = Fal(FalConfig(base_url=base_url, key_variable=None, app="a/b", traffic=TRAFFIC))
+    with pytest.raises(RefusedError) as caught:
+        fal.poll("7")
+    assert caught.value.cost is None
+
+
+@pytest.mark.parametrize(("usage", "cost"), [(None, 0.0), ({"completion_tokens": 0}, 0.0),
+                                             ({"completion_tokens": 500_000}, 1.0)])  # fmt: skip
+def test_a_failure_at_ark_costs_the_tokens_that_it_tells(answering: Answering, usage: dict | None, cost: float):
+    base_url = answering({"id": "7", "status": "failed", "usage": usage})
+    config = ArkConfig(base_url=base_url, key_variable=None, model="m", price_per_million_tokens=2.0, traffic=TRAFFIC)
+    with pytest.raises(FailedError) as caught:
+        Ark(config).poll("7")
+    assert caught.value.cost == cost
+
+
+@pytest.mark.parametrize("items", [[{"status": "queued"}], ["x"], {"id": "7"}, [{"id": 7}]])
+def test_a_list_of_jobs_that_is_not_readable_proves_nothing(answering: Answering, items: object):
+    ark = Ark(ArkConfig(base_url=answering({"items": items}), key_variable=None, model="m", traffic=TRAFFIC))
+    with pytest.raises(UnreachableError, match="proves nothing"):
+        list(ark.jobs(time.time()))
+
+
+def test_a_service_that_knows_no_pages_is_read_once(answering: Answering):
+    items = [{"id": str(number), "created_at": time.time(), "safety_identifier": None} for number in range(3)]
+    ark = Ark(ArkConfig(base_url=answering({"items": items}), key_variable=None, model="m", traffic=TRAFFIC))
+    assert [(job.job_id, job.token) for job in ark.jobs(time.time())] == [("0", ""), ("1", ""), ("2", "")]
 
 
 def test_a_failed_job_without_a_reason_is_named_by_its_state(answering: Answering):

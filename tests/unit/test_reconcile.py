@@ -13,28 +13,44 @@ from afd_data.config import VideoConfig
 from afd_data.errors import UserError
 from afd_data.journal import JOURNAL, Journal
 from afd_data.plan import Planned
-from afd_data.reconcile import Reconciled, reconcile, resubmit
+from afd_data.reconcile import Reconciled, reconcile
+from afd_data.resubmit import give_up, resubmit
 from afd_data.status import status
-from afd_data.teachers import Delivery, Identity, Job, Progress, Request, order_token
+from afd_data.teachers import (
+    Delivery,
+    FailedError,
+    Identity,
+    Job,
+    LostError,
+    Progress,
+    RefusedError,
+    Request,
+    UnreachableError,
+    order_token,
+)
 
 HOUR_S = 3600.0
 DAYS = 24 * HOUR_S
 
 
 class Listed:
-    """A provider of which nothing is known but its list; `asked_since`: how far back it was asked for."""
+    """A provider of which nothing is known but its list; `asked_since`: how far back it was asked for.
+
+    hidden: what the first reading of the list leaves out.
+    """
 
     identity = Identity("listed", "1", {}, paid=True)
 
-    def __init__(self, *jobs: Job, oldest: float = 0.0) -> None:
-        self._jobs, self._oldest = jobs, oldest
+    def __init__(self, *jobs: Job, oldest: float = 0.0, hidden: tuple[str, ...] = ()) -> None:
+        self._jobs, self._oldest, self._hidden = jobs, oldest, hidden
         self.asked_since: list[float] = []
 
     def jobs(self, since: float) -> Iterator[Job]:
         if since < self._oldest:
             raise UserError("not that far back")
         self.asked_since.append(since)
-        return iter(self._jobs)
+        first = len(self.asked_since) == 1
+        return (job for job in self._jobs if not (first and job.job_id in self._hidden))
 
     def prompts(self) -> list[str]:
         return []
@@ -42,17 +58,47 @@ class Listed:
     def estimate(self, video: VideoConfig) -> float:
         pytest.fail("only its list is asked for")
 
-    def turn(self, stop: threading.Event) -> bool:
-        pytest.fail("only its list is asked for")
-
     def submit(self, request: Request) -> str:
         pytest.fail("only its list is asked for")
 
-    def poll(self, job_id: str) -> Progress:
+    def turn(self, stop: threading.Event) -> bool:
         pytest.fail("only its list is asked for")
+
+    def poll(self, job_id: str) -> Progress:
+        raise LostError("404")
 
     def fetch(self, job_id: str, request: Request, target: Path) -> Delivery:
         pytest.fail("only its list is asked for")
+
+
+class Polled:
+    """A provider that lists nothing and answers questions for jobs as told."""
+
+    identity = Identity("polled", "1", {}, paid=True)
+
+    def __init__(self, **answers: Progress | Exception) -> None:
+        self._answers = answers
+
+    def prompts(self) -> list[str]:
+        return []
+
+    def estimate(self, video: VideoConfig) -> float:
+        return 0.5
+
+    def turn(self, stop: threading.Event) -> bool:
+        return True
+
+    def submit(self, request: Request) -> str:
+        pytest.fail("nothing is ordered")
+
+    def poll(self, job_id: str) -> Progress:
+        answer = self._answers.get(job_id, LostError("404"))
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def fetch(self, job_id: str, request: Request, target: Path) -> Delivery:
+        pytest.fail("nothing is fetched")
 
 
 class Shared:
@@ -165,6 +211,40 @@ def test_a_young_order_is_neither_found_nor_absent(cache: Shared):
     assert resubmit(cache.folder, absent=True) == []
 
 
+def test_a_job_that_one_reading_of_the_list_hides_is_not_called_absent(cache: Shared):
+    cache.attempt(0, UNKNOWN)
+    done = reconcile(cache.folder, Listed(job(0, "a"), hidden=("a",)))
+    assert (len(done.found), done.absent) == (1, [])
+
+
+@pytest.mark.parametrize("answer", [Progress("ready"), Progress("running"), FailedError("x"), RefusedError("x")])
+def test_a_job_that_is_known_goes_on_where_the_provider_lists_nothing(cache: Shared, answer: Progress | Exception):
+    cache.attempt(0, ("submitted", {"job_id": "a"}), UNKNOWN)
+    assert len(reconcile(cache.folder, Polled(a=answer)).found) == 1
+    assert cache.states() == {"planned": 3, "submitted": 1}
+    assert with_journal(cache.folder, lambda journal: journal.job_id(key(0))) == "a"
+
+
+def test_a_job_that_is_lost_stays_open_where_the_provider_lists_nothing(cache: Shared):
+    cache.attempt(0, ("submitted", {"job_id": "a"}), UNKNOWN)
+    assert len(reconcile(cache.folder, Polled()).open) == 1
+
+
+def test_a_provider_that_cannot_be_asked_leaves_the_order_unknown(cache: Shared):
+    cache.attempt(0, ("submitted", {"job_id": "a"}), UNKNOWN)
+    assert len(reconcile(cache.folder, Polled(a=UnreachableError("down"))).open) == 1
+    assert cache.states() == {"planned": 3, "unknown": 1}
+
+
+def test_jobs_that_are_known_go_on_although_other_orders_cannot_be_told_of(cache: Shared):
+    cache.attempt(0, ("submitted", {"job_id": "a"}), UNKNOWN)
+    cache.attempt(1, UNKNOWN)
+    with pytest.raises(UserError, match=rf"(?s)1 found: .*p{0:016x}-00\n.*lists no jobs.*about 1 orders") as error:
+        reconcile(cache.folder, Polled(a=Progress("ready")))
+    assert "nothing is unknown" not in str(error.value)
+    assert cache.states() == {"planned": 2, "submitted": 1, "unknown": 1}
+
+
 def test_absent_orders_are_not_asked_about_twice(cache: Shared):
     cache.attempt(0, UNKNOWN)
     reconcile(cache.folder, Listed())
@@ -197,6 +277,35 @@ def test_a_failure_that_was_charged_is_ordered_again_only_when_sure(cache: Share
         with pytest.raises(UserError, match="--yes"):
             resubmit(cache.folder, states=("failed",))
     assert len(resubmit(cache.folder, states=("failed",), sure=refused)) == 1
+
+
+@pytest.mark.parametrize("state", ["rejected", "failed", "refused"])
+def test_a_job_of_unknown_price_may_have_been_charged(cache: Shared, state: str):
+    steps = [("submitted", {"job_id": "a", "estimate": 0.0}), *([("ready", {})] if state == "rejected" else [])]
+    cache.attempt(0, *steps, (state, {"cost": None}))
+    with pytest.raises(UserError, match="may have been charged"):
+        resubmit(cache.folder, states=(state,))
+
+
+@pytest.mark.parametrize("steps", [[], [("submitted", {"job_id": "a"})], [UNKNOWN]])
+def test_what_is_given_up_is_no_open_question_and_its_money_stays_reserved(cache: Shared, steps: list):
+    cache.attempt(0, *steps)
+    cache.attempt(1, UNKNOWN)
+    name = f"p{0:016x}-00"
+    assert give_up(cache.folder, [name]) == [name]
+    assert cache.states() == {"planned": 2, "unknown": 2}
+    assert cache.spend() == (0.0, 1.0)
+    assert "1 x unknown (given up)" in status(cache.folder)
+    assert len(reconcile(cache.folder, Listed(job(0, "a"), job(1, "b"))).found) == 1
+    with pytest.raises(UserError, match="may have been charged"):
+        resubmit(cache.folder, keys=[name])
+
+
+def test_what_is_not_under_way_cannot_be_given_up(cache: Shared):
+    cache.attempt(0, UNKNOWN)
+    with pytest.raises(UserError, match=f"is called p{1:016x}-00.*Nothing was changed"):
+        give_up(cache.folder, [f"p{0:016x}-00", f"p{1:016x}-00"])
+    assert "given up" not in status(cache.folder)
 
 
 def test_status_lists_every_unknown_order_however_many_others_there_are(cache: Shared):

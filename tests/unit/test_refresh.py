@@ -147,12 +147,14 @@ class Clock(threading.Event):
 
 
 def watched(schedule: str, hours: float, takes_minutes: float = 0.0, error: Exception | None = None) -> list[str]:
-    """When runs begin from Monday 2026-11-23 12:00 on."""
+    """When refreshes begin from Monday 2026-11-23 12:00 on."""
     start = datetime(2026, 11, 23, 12, 0)
     clock = Clock(start, start + timedelta(hours=hours))
     begun: list[str] = []
 
-    def run() -> None:
+    def run(refresh: bool) -> None:
+        if not refresh:
+            return
         begun.append(clock.time.strftime("%d %H:%M"))
         clock.time += timedelta(minutes=takes_minutes)
         if error:
@@ -179,6 +181,40 @@ def test_an_error_of_one_run_is_told_and_the_watch_goes_on(caplog: pytest.LogCap
     assert caplog.text.count("no credit left") == 3
 
 
+def test_a_watch_begins_with_finishing_and_no_refresh_and_survives_an_error_there(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock = Clock(datetime(2026, 11, 23, 12, 0), datetime(2026, 11, 23, 14, 30))
+    asked: list[bool] = []
+
+    def run(refresh: bool) -> None:
+        asked.append(refresh)
+        if not refresh:
+            raise UserError("no network yet")
+
+    watch(run, "0 * * * *", clock, clock.now)
+    assert asked == [False, True, True]
+    assert "no network yet" in caplog.text
+
+
+def test_a_schedule_is_looked_at_before_anything_is_asked() -> None:
+    with pytest.raises(UserError, match="not a cron expression"):
+        watch(lambda refresh: pytest.fail("asked"), "0 25 * * *")
+
+
+def test_a_run_that_ends_after_clocks_were_set_back_is_not_due_again() -> None:
+    clock = Clock(datetime(2026, 10, 25, 1, 0), datetime(2026, 10, 27, 0, 0))
+    begun: list[datetime] = []
+
+    def run(refresh: bool) -> None:
+        if refresh:
+            begun.append(clock.time)
+            clock.time -= timedelta(minutes=25)  # 35 minutes of work, and an hour back
+
+    watch(run, "30 2 * * *", clock, clock.now)
+    assert begun == [datetime(2026, 10, 25, 2, 30), datetime(2026, 10, 26, 2, 30)]
+
+
 def test_an_error_of_ours_ends_the_watch() -> None:
     with pytest.raises(ZeroDivisionError):
         watched("0 * * * *", hours=3, error=ZeroDivisionError())
@@ -190,7 +226,7 @@ def test_ctrl_c_while_waiting_ends_the_watch_and_while_running_is_passed_on() ->
             raise KeyboardInterrupt
 
     clock = Interrupted(datetime(2026, 1, 1), datetime(2027, 1, 1))
-    watch(lambda: None, "0 * * * *", clock, clock.now)
+    watch(lambda refresh: None, "0 * * * *", clock, clock.now)
     with pytest.raises(KeyboardInterrupt):
         watched("0 * * * *", hours=2, error=KeyboardInterrupt())  # type: ignore[arg-type]
 

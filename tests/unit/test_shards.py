@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 
+import numpy as np
 import pyarrow.parquet
 import pytest
 from webdataset.compat import WebDataset
@@ -11,10 +12,11 @@ from webdataset.compat import WebDataset
 from afd_data.errors import UserError
 from afd_data.examples import read_places
 from afd_data.files import file_sha256
-from afd_data.index import index_path, index_rows, read_index, rebuild_index, update_index
+from afd_data.index import index_path, index_rows, read_index, schema, update_index
 from afd_data.sample import SCHEMA_VERSION, Sample, parse_sample
 from afd_data.shards import (
     MANIFEST,
+    MAX_SAMPLES,
     Content,
     Manifest,
     Shard,
@@ -221,7 +223,7 @@ def test_what_is_no_tar_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"key": "pz-00"}, "pa-00.json says key, split, generation"),
+        ({"key": "pz-00", "prompt_id": "pz"}, "pa-00.json says key, split, generation"),
         ({"split": "test"}, "pa-00.json says key, split, generation"),
         ({"generation": 3}, "pa-00.json says key, split, generation"),
         ({"video_sha256": "0" * 64}, "is not the video that its JSON was written for"),
@@ -232,7 +234,7 @@ def test_a_sample_that_contradicts_its_place_is_refused(tmp_path, changes, messa
     json_bytes = json.loads(content("pa-00").json) | changes
     sealed(tmp_path, [Content("pa-00", 0.0, b"", json.dumps(json_bytes).encode())])
     with pytest.raises(UserError, match=message):
-        rebuild_index(tmp_path)
+        update_index(tmp_path)
 
 
 # Manifest and index
@@ -309,6 +311,39 @@ def test_a_sample_that_the_index_cannot_hold_is_refused(changes, message):
     record = json.loads(content("pa-00").json) | changes
     with pytest.raises(UserError, match=message):
         parse_sample(json.dumps(record).encode(), "pa-00.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt_id": "../../x", "key": "pa-00"}, r"key 'pa-00' is not of take 0 of prompt '../../x'"),
+        ({"take": 1}, "key 'pa-00' is not of take 1 of prompt 'pa'"),
+        ({"take": -1, "key": "pa--1", "prompt_id": "pa "}, "is not of take -1"),
+        ({"distillation": "yes"}, "distillation is 'yes', not allowed, disallowed, unknown"),
+    ],
+)
+def test_a_sample_whose_names_or_terms_are_none_of_ours_is_refused(changes, message):
+    record = json.loads(content("pa-00").json) | changes
+    with pytest.raises(UserError, match=message):
+        parse_sample(json.dumps(record).encode(), "pa-00.json")
+
+
+@pytest.mark.parametrize("rows", ["many", "long"])
+def test_an_index_that_unpacks_to_much_is_refused_without_unpacking_it(tmp_path, rows):
+    sealed(tmp_path, [content("pa-00")])
+    update_index(tmp_path)
+    path = index_path(tmp_path, "train")
+    row = read_index(tmp_path, "train").to_pylist()[0] | ({"prompt": "x" * 10_000} if rows == "long" else {})
+    count = 40_000 if rows == "long" else MAX_SAMPLES + 1
+    columns = [
+        pyarrow.DictionaryArray.from_arrays(np.zeros(count, np.int32), pyarrow.array([row[field.name]], field.type))
+        for field in schema()
+    ]
+    table = pyarrow.table(columns, names=schema().names)
+    pyarrow.parquet.write_table(table, path, store_schema=False, row_group_size=count)
+    assert path.stat().st_size < 200_000
+    with pytest.raises(UserError, match=r"than an index of afd has|to more in row group 0 than afd writes"):
+        read_index(tmp_path, "train")
 
 
 def test_a_shard_that_is_also_named_as_pruned_is_refused(tmp_path):
@@ -389,7 +424,7 @@ def test_a_row_of_the_index_that_is_read_in_columns_has_these_only(tmp_path):
 
 def test_the_index_points_at_the_bytes_of_every_member(tmp_path):
     sealed(tmp_path, [content("pa-00", 77.0), content("pb-00")])
-    rebuild_index(tmp_path)
+    update_index(tmp_path)
     rows = read_index(tmp_path, "train").to_pylist()
     assert [row["key"] for row in rows] == ["pa-00", "pb-00"]
     assert rows[0]["created_at"] == 77.0

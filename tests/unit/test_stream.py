@@ -20,6 +20,7 @@ from afd_data.sample import Sample, parse_sample
 from afd_data.shards import Content, Manifest, read_manifest, write_manifest, write_shard
 from afd_data.stream import Stream, epoch_order
 from afd_data.video import write_mp4
+from afd_data.view import View, newest_views
 
 VIDEO = VideoConfig(width=16, height=16, frames=3, fps=8.0, lossless=True)
 TAKES = {f"p{number}": [f"p{number}-{take:02d}" for take in range(1 + number % 3)] for number in range(20)}
@@ -249,6 +250,9 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         ({"mp4_offset": -1}, "remove it"),
         ({"mp4_offset": 0}, "is not what was sealed"),
         ({"mp4_offset": None}, "has empty cells"),
+        ({"mp4_sha256": "../../elsewhere"}, "remove it"),
+        ({"json_sha256": "/etc/passwd"}, "remove it"),
+        ({"mp4_sha256": "F" * 64}, "remove it"),
         ({"shard": "../../elsewhere.tar"}, None),
     ],
 )
@@ -347,9 +351,13 @@ def add_round(folder: Path, generation: int, made: list[str], complete: bool = T
     update_index(folder)
 
 
+def at(folder: Path, generation: int | None = None) -> View:
+    return newest_views(folder, ["train"], generation)["train"]
+
+
 def view(folder: Path, generation: int | None = None) -> dict[str, int]:
     """Key -> grey level of what a stream reads."""
-    source = Stream(folder, StreamConfig(), "train", 0, generation=generation)
+    source = Stream(folder, StreamConfig(), "train", 0, view=at(folder, generation))
     return {key: int(source.example(key).video[0, 0, 0, 0]) for key in source.keys}
 
 
@@ -389,7 +397,7 @@ def test_a_switch_reads_the_new_view_once_an_epoch_and_forgets_old_frames(tmp_pa
     source = stream(folder)
     source.next_batch(9)
     add_round(folder, 1, ["p1-00", "p9-00"])
-    source.switch(1)
+    source.switch(at(folder, 1))
     levels = {example.key: int(example.video[0, 0, 0, 0]) for example in source.next_batch(8)}
     assert levels == view(folder)
     assert levels["p1-00"] == levels["p9-00"] == 201
@@ -401,7 +409,7 @@ def test_no_two_views_begin_in_the_same_order(tmp_path: Path) -> None:
     orders = [keys(source, 3)]
     for generation in range(1, 5):
         add_round(folder, generation, ["p0-00"])
-        source.switch(generation)
+        source.switch(at(folder, generation))
         orders.append(keys(source, 3))
     assert len({tuple(order) for order in orders}) == 5
 
@@ -414,48 +422,48 @@ def test_resume_is_exact_before_and_after_switches_in_any_epoch(tmp_path: Path) 
         drawn = []
         for number in range(first, 30):
             if number in (9, 12):
-                source.switch(source.generation + 1)
+                source.switch(at(folder, source.generation + 1))
             drawn += [(example.key, example.generation) for example in source.next_batch(1)]
             states.append(json.loads(json.dumps(source.state_dict())))
         return drawn
 
     states: list[dict] = []
-    unbroken = run(Stream(folder, StreamConfig(), "train", 0, generation=0), 0)
+    unbroken = run(Stream(folder, StreamConfig(), "train", 0, view=at(folder, 0)), 0)
     for first, state in enumerate(states[:29], start=1):
         resumed = stream(folder)
         resumed.load_state_dict(state)
         assert run(resumed, first) == unbroken[first:]
     assert states[8]["history"] == []
     assert states[29]["history"] == [[0, 9], [1, 3]]
-    assert (states[29]["generation"], states[29]["drawn"]) == (2, 18)
+    assert (states[29]["view"]["generation"], states[29]["drawn"]) == (2, 18)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_switch_together(tmp_path: Path, ranks: int) -> None:
     folder = grown(tmp_path / "cache")
-    sources = [Stream(folder, StreamConfig(), "train", 0, rank, ranks, generation=0) for rank in range(ranks)]
-    alone = Stream(folder, StreamConfig(), "train", 0, generation=0)
+    sources = [Stream(folder, StreamConfig(), "train", 0, rank, ranks, view=at(folder, 0)) for rank in range(ranks)]
+    alone = Stream(folder, StreamConfig(), "train", 0, view=at(folder, 0))
     for generation in (1, 2):
         together = [keys(source, 4) for source in sources]
         assert [key for row in zip(*together, strict=True) for key in row] == keys(alone, 4 * ranks)
         for source in (*sources, alone):
-            source.switch(generation)
+            source.switch(at(folder, generation))
     assert all(source.state_dict() == alone.state_dict() for source in sources)
 
 
 def test_worker_processes_read_the_new_view_after_a_switch(tmp_path: Path) -> None:
     folder = grown(tmp_path / "cache")
-    with Stream(folder, StreamConfig(workers=1), "train", 0, generation=0) as source:
+    with Stream(folder, StreamConfig(workers=1), "train", 0, view=at(folder, 0)) as source:
         source.next_batch(1)
-        source.switch(1)
+        source.switch(at(folder, 1))
         assert {example.key: example.generation for example in source.next_batch(7)}["p2-01"] == 1
 
 
 def test_a_failed_switch_leaves_the_stream_as_it_was(sealed: Path) -> None:
     source, other = stream(sealed), stream(sealed)
     assert keys(source, 5) == keys(other, 5)
-    with pytest.raises(UserError, match="generation 1 is not complete"):
-        source.switch(1)
+    with pytest.raises(UserError, match="no train samples"):
+        source.switch(View(1, ("data/train/g0001-000000.tar",)))
     assert source.state_dict() == other.state_dict()
     assert keys(source, 9) == keys(other, 9)
 
@@ -471,8 +479,24 @@ def test_a_view_that_was_pruned_is_named_on_resuming(tmp_path: Path, what: str) 
     kept = tuple(shard for shard in manifest.shards if shard not in taken)
     write_manifest(folder, replace(manifest, shards=kept, pruned=tuple(taken)))
     update_index(folder)
-    with pytest.raises(UserError, match=r"samples of generation 0.*been pruned \(.*g0000-000000\.tar.*24 hours"):
+    with pytest.raises(UserError, match=r"samples of generation 0.*been pruned.*g0000-000000\.tar.*24 hours"):
         stream(folder).load_state_dict(state)
+
+
+def test_samples_that_come_late_to_a_generation_are_read_after_a_switch_only(tmp_path: Path) -> None:
+    folder = grown(tmp_path / "cache")
+    source = stream(folder)
+    keys(source, 3)
+    state = json.loads(json.dumps(source.state_dict()))
+    rest = keys(source, 8)
+    add_round(folder, 1, ["p2-00", "p8-00"], complete=False)
+    resumed = stream(folder)
+    assert len(resumed.keys) == 9
+    resumed.load_state_dict(state)
+    assert keys(resumed, 8) == rest
+    resumed.switch(at(folder, 2))
+    assert len(resumed.keys) == 9
+    assert resumed.history == [[2, 11]]
 
 
 def test_what_is_pruned_from_under_a_newer_view_does_not_touch_it(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from afd_data.teachers.traffic import Rate, Turnstile, backoff_s, retry_after_s
 
 NOON = datetime(2026, 11, 23, 12, tzinfo=UTC).timestamp()
+GO_ON = threading.Event()
 
 
 @pytest.mark.parametrize(
@@ -42,16 +43,44 @@ def test_backoff_doubles_and_keeps_within_its_limit():
 
 def test_a_rate_of_1200_a_minute_lets_one_through_every_50_ms():
     rate, begin = Rate(1200), time.monotonic()
-    for _ in range(4):
-        rate.wait()
+    assert all(rate.wait(GO_ON) for _ in range(4))
     assert 0.15 <= time.monotonic() - begin < 0.5
 
 
 def test_no_rate_never_waits():
     rate, begin = Rate(None), time.monotonic()
-    for _ in range(1000):
-        rate.wait()
+    assert all(rate.wait(GO_ON) for _ in range(1000))
     assert time.monotonic() - begin < 0.5
+
+
+def test_who_waits_is_told_to_stop_at_once():
+    rate, stop, begin = Rate(1), threading.Event(), time.monotonic()
+    assert rate.wait(stop)
+    threading.Timer(0.05, stop.set).start()
+    assert not rate.wait(stop)
+    assert not Rate(None).wait(stop)
+    assert time.monotonic() - begin < 1.0
+
+
+def test_a_provider_that_wants_to_be_left_alone_is_left_alone_by_all_that_wait():
+    rate, begin = Rate(1200), time.monotonic()
+    passed: list[float] = []
+
+    def wait() -> None:
+        rate.wait(GO_ON)
+        passed.append(time.monotonic() - begin)
+
+    threads = [threading.Thread(target=wait) for _ in range(3)]  # their turns would be at 0, 50 and 100 ms
+    for thread in threads:
+        thread.start()
+    time.sleep(0.02)
+    rate.hold_off(0.2)
+    for thread in threads:
+        thread.join()
+    first, *others = sorted(passed)
+    assert first < 0.05
+    assert all(moment >= 0.2 for moment in others)
+    assert others[1] - others[0] >= 0.04
 
 
 def test_the_next_place_goes_to_the_one_that_expires_first():

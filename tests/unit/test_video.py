@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from afd_data import video
 from afd_data.config import VideoConfig
 from afd_data.errors import UserError
 from afd_data.video import check_frames, probe, read_video, write_mp4
@@ -140,3 +141,12 @@ def test_noise_of_low_contrast_gives_the_same_bytes_every_time(tmp_path):
         write_mp4(tmp_path / "noise.mp4", frames, config)
         files.add((tmp_path / "noise.mp4").read_bytes())
     assert len(files) == 1
+
+
+def test_what_would_fill_the_memory_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path / "a.mp4", noise(32, 16))
+    monkeypatch.setattr(video, "MAX_PIXELS", 12 * 32 * 16)
+    assert len(read_video(path).frames) == 12
+    monkeypatch.setattr(video, "MAX_PIXELS", 12 * 32 * 16 - 1)
+    with pytest.raises(UserError, match=r"a\.mp4: more than 6143 pixels in its frames"):
+        read_video(path)
