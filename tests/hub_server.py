@@ -179,5 +179,6 @@ def connect(url: str, home: Path, monkeypatch: pytest.MonkeyPatch, token: str | 
     monkeypatch.setattr(hf_api.api, "endpoint", url)
     if "datasets" in sys.modules:
         monkeypatch.setattr("datasets.config.HF_ENDPOINT", url)
+        monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     HfFileSystem.clear_instance_cache()  # they remember endpoint and login
     open_storage.cache_clear()

@@ -289,7 +289,7 @@ CASES = [
         "playground without prompts",
         nothing,
         "cache-teacher a --set prompts.source=teacher",
-        "--set: prompts.source: the playground has no prompts of its own",
+        "--set: prompts.source: playground has no prompts of its own",
     ),
     Case(
         "prompts of an unknown kind",

@@ -50,22 +50,7 @@ import signal
 import time
 
 import pyarrow.parquet
-
-
-def fork(work):
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return pid
-
-
-def exit_code(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+from tests.deaths import KILLED, Countdown, exit_code, fork
 """
 )
 
@@ -87,7 +72,7 @@ while kills < wanted_kills:
     pid = run(f"broken-{folder}")
     time.sleep(random.uniform(0.0, longest_s))
     os.kill(pid, signal.SIGKILL)
-    if exit_code(pid) == -signal.SIGKILL:
+    if exit_code(pid) == KILLED:
         kills += 1
         longest_s *= 1.1
     else:  # it had finished: go on in a new folder, and kill sooner
@@ -105,25 +90,13 @@ EVERY_STEP = (
 root, count = Path(sys.argv[1]), int(sys.argv[2])
 
 
-def dying(function, countdown):
-    def step(*arguments, **options):
-        countdown[0] -= 1
-        if countdown[0] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **options)
-
-    return step
-
-
 def dies_at(step, folder):
-    countdown = [step]
-    os.fsync, os.replace = dying(os.fsync, countdown), dying(os.replace, countdown)
-    Path.unlink = dying(Path.unlink, countdown)
+    Countdown(step)
     cache(folder, count, 2)
 
 
-step, code = 0, -signal.SIGKILL
-while code == -signal.SIGKILL:
+step, code = 0, KILLED
+while code == KILLED:
     folder = root / f"step-{step:03d}"
     code = exit_code(fork(lambda: dies_at(step, folder)))
     assert exit_code(fork(lambda: cache(folder, count, 2))) == 0

@@ -52,6 +52,7 @@ def _datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def served(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubServer:
     """The Hub, and `datasets` talking to it."""
     monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.url)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("datasets.config.HF_UPDATE_DOWNLOAD_COUNTS", False)
     return hub
 

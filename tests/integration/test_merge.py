@@ -283,57 +283,31 @@ def test_a_cache_with_a_broken_merge_takes_no_run(tmp_path):
 
 # Children die at their n-th durable step, for every n there is; each then merges again.
 EVERY_STEP = """
-import os
-import pathlib
 import shutil
-import signal
 import sys
 from pathlib import Path
 
 from afd_data.merging import merge
 from afd_data.partition import parts_of
+from tests.deaths import KILLED, Countdown, exit_code, fork
 
 root, source = Path(sys.argv[1]), Path(sys.argv[2])
 
 
-def fork(work):
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def dies_at(step, cache):
-    countdown = [step]
-
-    def dying(function):
-        def wrapped(*arguments, **options):
-            countdown[0] -= 1
-            if countdown[0] < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **options)
-
-        return wrapped
-
-    for name in ("fsync", "replace", "link", "rename", "unlink", "rmdir"):
-        setattr(os, name, dying(getattr(os, name)))
+    Countdown(step)
     merge(parts_of(cache), cache, 0, move=True)
 
 
 shutil.copytree(source, root / "unbroken")
 merge(parts_of(root / "unbroken"), root / "unbroken", 0, move=True)  # and children need not import again
-step, code = 0, -signal.SIGKILL
-while code == -signal.SIGKILL:
+step, code = 0, KILLED
+while code == KILLED:
     cache = root / f"step-{step:03d}"
     shutil.copytree(source, cache)
-    code = fork(lambda: dies_at(step, cache))
+    code = exit_code(fork(lambda: dies_at(step, cache)))
     if parts_of(cache):
-        assert fork(lambda: merge(parts_of(cache), cache, 0, move=True)) == 0
+        assert exit_code(fork(lambda: merge(parts_of(cache), cache, 0, move=True))) == 0
     step += 1
 assert code == 0
 """

@@ -344,25 +344,16 @@ def test_a_death_at_publication_is_repaired_by_the_next_run(
 # Children die at their n-th durable step (fsync, rename, unlink) of a refresh and a prune, for every third n there is.
 # What they need is imported before they are forked.
 DEATHS = """
-import os, shutil, signal, sys, time
+import shutil
+import sys
 from pathlib import Path
+
 import PIL.Image, pandas, pyarrow.parquet, webdataset.writer
-from tests.integration.test_refresh import prompts, recipe, rounds, run
 from afd_data.pruning import prune
+from tests.deaths import KILLED, Countdown, exit_code, fork
+from tests.integration.test_refresh import prompts, recipe, rounds, run
 
 root = Path(sys.argv[1])
-
-
-def fork(work):
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def refresh(folder, days):
@@ -370,33 +361,21 @@ def refresh(folder, days):
     prune(folder / "cache", 1)
 
 
-def dying(function, countdown):
-    def step(*arguments, **options):
-        countdown[0] -= 1
-        if countdown[0] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **options)
-
-    return step
-
-
 def dies_at(step, folder):
-    countdown = [step]
-    os.fsync, os.replace = dying(os.fsync, countdown), dying(os.replace, countdown)
-    Path.unlink = dying(Path.unlink, countdown)
+    Countdown(step)
     refresh(folder, 0)
 
 
-assert fork(lambda: run(recipe(root / "first"), prompts(3), refresh=False)) == 0
-step, code = 0, -signal.SIGKILL
-while code == -signal.SIGKILL:
+assert exit_code(fork(lambda: run(recipe(root / "first"), prompts(3), refresh=False))) == 0
+step, code = 0, KILLED
+while code == KILLED:
     folder = root / f"step-{step:03d}"
     shutil.copytree(root / "first", folder)
-    code = fork(lambda: dies_at(step, folder))
+    code = exit_code(fork(lambda: dies_at(step, folder)))
     known = rounds(folder / "cache")
     # The same command, unless it was done but for removing what is old.
     again = None if len(known) == 2 and known[1].finished_at else 0
-    assert fork(lambda: refresh(folder, again)) == 0, folder
+    assert exit_code(fork(lambda: refresh(folder, again))) == 0, folder
     step += 3
 assert code == 0
 """

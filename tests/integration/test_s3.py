@@ -61,33 +61,22 @@ from afd_data.storage import Storage
 root, count, points = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 
 
-def counted(function, countdown):
-    def step(*arguments, **options):
-        countdown[0] -= 1
-        if countdown[0] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **options)
-
-    return step
-
-
 def run(step):
     cache(root / f"step-{step:03d}", count, 2, f"file://{root}/at-{step:03d}")
 
 
 def dies_at(step):
-    countdown = [step]
-    os.fsync, os.replace = counted(os.fsync, countdown), counted(os.replace, countdown)
-    Path.unlink, Storage._put = counted(Path.unlink, countdown), counted(Storage._put, countdown)
+    countdown = Countdown(step)
+    Storage._put = countdown.counting(Storage._put)
     run(step)
-    (root / "steps").write_text(str(step - countdown[0]))
+    (root / "steps").write_text(str(step - countdown.left))
 
 
 assert exit_code(fork(lambda: dies_at(999))) == 0
 steps = int((root / "steps").read_text())
 for point in range(points):
     step = (2 * point + 1) * steps // (2 * points)
-    assert exit_code(fork(lambda: dies_at(step))) == -signal.SIGKILL
+    assert exit_code(fork(lambda: dies_at(step))) == KILLED
     assert exit_code(fork(lambda: run(step))) == 0
 """
 )

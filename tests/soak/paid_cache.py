@@ -19,7 +19,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
@@ -28,8 +27,7 @@ from pathlib import Path
 
 # What a run imports late, some of it for a second: children that have yet to do so would die before they seal anything.
 import jinja2  # noqa: F401
-import PIL.ImageDraw
-import PIL.ImageFont
+import PIL.ImageDraw  # noqa: F401
 import pyarrow.parquet  # noqa: F401
 import webdataset.writer  # noqa: F401
 
@@ -46,6 +44,7 @@ from afd_data.shards import read_manifest
 from afd_data.states import OPEN, TRANSITIONS
 from afd_data.status import status
 from afd_data.teachers import open_teacher, order_token
+from tests.deaths import KILLED, exit_code, fork
 from tests.provider import TEST_KEY, Provider, serving
 from tests.provider.footage import parse_video
 
@@ -123,17 +122,17 @@ class Episode:
     def settle(self) -> None:
         """Run, reconcile, order again what is absent, until that changes nothing (some videos are gone for good)."""
         while True:
-            assert child(self.cache).wait() == 0, "a run of its own accord failed"
+            assert Child(self.cache).wait() == 0, "a run of its own accord failed"
             if not self.more():
                 break
-        assert child(self.cache).wait() == 0, "a run of its own accord failed"
+        assert Child(self.cache).wait() == 0, "a run of its own accord failed"
 
     def kill_one(self, random_lives: random.Random, longest_s: float) -> bool:
         """Start a process and kill it in the middle; False when it got through before."""
         work = self.cache
         if (self.folder / JOURNAL).exists() and random_lives.random() < 0.2:
             work, longest_s = random_lives.choice([self.reconcile, self.order_again]), longest_s / 10
-        process = child(work)
+        process = Child(work)
         time.sleep(longest_s * random_lives.random() ** 1.5)
         killed = process.kill()
         self._look()
@@ -200,31 +199,22 @@ def _lasting(record: dict) -> dict:
 MODE_NEVER = tuple(f"mode={mode} " for mode in NEVER_TAKEN)
 
 
-class child:
-    """A fork of this process that does `work`, without the seconds that a new interpreter takes."""
+class Child:
+    """A fork of this process that does `work`."""
 
-    def __init__(self, work: Callable[[], object]) -> None:
+    def __init__(self, work: Callable[[], None]) -> None:
         sys.stdout.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 1
-            try:
-                work()
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
+        self.pid = fork(work)
 
     def wait(self) -> int:
         """The exit code; negative: the signal that ended it."""
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return exit_code(self.pid)
 
     def kill(self) -> bool:
         """Kill it with -9; False when it had ended well."""
         os.kill(self.pid, signal.SIGKILL)
         code = self.wait()
-        assert code in (0, -signal.SIGKILL), f"a run ended with {code}"
+        assert code in (0, KILLED), f"a run ended with {code}"
         return code != 0
 
 
@@ -259,7 +249,7 @@ def soak(kills: int, seed: int, folder: Path, say: Callable[[str], object] = pri
 def duration_s(episode: Episode) -> float:
     """Of a run that nobody kills, with all videos drawn and all modules loaded, as the killed ones have them."""
     begin = time.monotonic()
-    assert child(episode.cache).wait() == 0
+    assert Child(episode.cache).wait() == 0
     return time.monotonic() - begin
 
 

@@ -6,6 +6,7 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from afd_data.acceptance import RejectedError, make_mp4, read_and_check
 from afd_data.config import CacheConfig, VideoConfig
 from afd_data.errors import UserError
 from afd_data.files import file_sha256
-from afd_data.sound import RATE, drop_sound, has_sound
+from afd_data.sound import RATE, drop_sound
 from afd_data.teacher_config import Adaptation
 from afd_data.teachers import Request, UnreachableError
 from afd_data.teachers.clip import bring_frames
@@ -170,9 +171,9 @@ def test_sound_is_dropped_without_touching_a_packet_of_the_pictures(tmp_path: Pa
     for name in ("b", "c"):
         (tmp_path / name).write_bytes((tmp_path / "a").read_bytes())
         drop_sound(tmp_path / name)
-    assert not has_sound(tmp_path / "b")
+    assert probe(tmp_path / "b").sound_tracks == 0
     assert packets(tmp_path / "b") == packets(tmp_path / "a")
-    assert probe(tmp_path / "b") == before
+    assert probe(tmp_path / "b") == replace(before, sound_tracks=0)
     assert np.array_equal(read_video(tmp_path / "b").frames, levels(12))
     assert (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
 
@@ -181,8 +182,8 @@ def test_sound_is_dropped_without_touching_a_packet_of_the_pictures(tmp_path: Pa
 def test_the_recipe_says_whether_sound_stays(tmp_path: Path, audio: Any) -> None:
     film(tmp_path / "a.mp4", levels(12), tone_from_s=0.0)
     before = (tmp_path / "a.mp4").read_bytes()
-    make_mp4(tmp_path / "a.mp4", levels(12), VIDEO, audio)
-    assert has_sound(tmp_path / "a.mp4") == (audio == "keep")
+    make_mp4(tmp_path / "a.mp4", read_video(tmp_path / "a.mp4"), VIDEO, audio)
+    assert probe(tmp_path / "a.mp4").sound_tracks == (audio == "keep")
     assert ((tmp_path / "a.mp4").read_bytes() == before) == (audio == "keep")
 
 
@@ -202,7 +203,7 @@ def test_drawn_frames_are_cut_filled_up_and_fitted() -> None:
 def test_a_video_without_sound_gets_none(tmp_path: Path) -> None:
     write_mp4(tmp_path / "a", levels(20), VIDEO)
     deliver(tmp_path / "a", tmp_path / "b", asked(), RULES, "a")
-    assert not has_sound(tmp_path / "b")
+    assert probe(tmp_path / "b").sound_tracks == 0
 
 
 @pytest.mark.parametrize("frames", [12, 20], ids=["as asked", "encoded again"])
@@ -213,9 +214,9 @@ def test_sound_of_a_codec_that_nobody_knows_is_no_sound(
     film(tmp_path / "a", levels(frames), tone_from_s=0.0)
     foreign(tmp_path / "a")
     deliver(tmp_path / "a", tmp_path / "b", asked(), RULES, "a")
-    make_mp4(tmp_path / "b", levels(12), VIDEO, audio)
+    make_mp4(tmp_path / "b", read_video(tmp_path / "b"), VIDEO, audio)
     assert np.array_equal(read_video(tmp_path / "b").frames, levels(12))
-    assert has_sound(tmp_path / "b") == (frames == 12 and audio == "keep")  # a video as asked keeps its bytes
+    assert probe(tmp_path / "b").sound_tracks == (frames == 12 and audio == "keep")  # a video as asked keeps its bytes
 
 
 def foreign(path: Path) -> None:

@@ -189,7 +189,7 @@ def test_a_journal_from_before_the_shards_is_said_to_be_older_than_they(journal,
         journal.move(1, "intent")
     if state == "unknown":
         journal.move(1, "unknown", reason="no answer")
-    with pytest.raises(UserError, match="the journal is older than the shards"):
+    with pytest.raises(UserError, match=r"journal\.sqlite: older than the shards"):
         journal.move(1, "sealed", shard="data/train/000000.tar")
     assert states(journal)[0] == state
 

@@ -11,7 +11,7 @@ import pytest
 from afd_data import video
 from afd_data.config import VideoConfig
 from afd_data.errors import UserError
-from afd_data.video import check_frames, probe, read_video, write_mp4
+from afd_data.video import Probe, check_frames, probe, read_video, write_mp4
 
 CLIPS = sorted((Path(__file__).parents[1] / "data" / "clips").glob("*.[mw][ke]*"))
 LOSSLESS = VideoConfig(lossless=True)
@@ -150,3 +150,25 @@ def test_what_would_fill_the_memory_is_not_decoded(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(video, "MAX_PIXELS", 12 * 32 * 16 - 1)
     with pytest.raises(UserError, match=r"a\.mp4: more than 6143 pixels in its frames"):
         read_video(path)
+
+
+def test_more_packed_bytes_than_memory_is_meant_for_are_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path / "a.mp4", noise(32, 16))  # 12 frames of 1536 bytes, which noise does not let shrink
+    monkeypatch.setattr(video, "MAX_PACKED", 12 * 1536)
+    with pytest.raises(UserError, match=r"a\.mp4: more than 18432 bytes of video"):
+        read_video(path)
+
+
+def test_a_check_sees_the_facts_and_can_keep_a_video_from_being_decoded(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.mp4", noise(32, 16))
+    seen = []
+    read_video(path, check=seen.append)
+    assert seen == [probe(path)]
+
+    def refuse(facts: Probe) -> None:
+        raise UserError(f"{facts.frames} frames are not wanted")
+
+    with pytest.raises(UserError, match=r"^12 frames are not wanted$"):
+        read_video(path, check=refuse)
