@@ -8,7 +8,6 @@ The cache is made by SQL: its tars are empty.  Half of the time goes into making
 from __future__ import annotations
 
 import argparse
-import json
 import sqlite3
 import tempfile
 import time
@@ -21,8 +20,7 @@ from afd_data.asking import Asker
 from afd_data.cache import recover_requests
 from afd_data.config import DataConfig
 from afd_data.journal import JOURNAL, Journal
-from afd_data.plan import canonical_json, plan_samples, recipe_facts
-from afd_data.planning import ACCEPTANCE, plan_round
+from afd_data.planning import plan_round
 from afd_data.prompts import Prompt, prompt_id
 from afd_data.sealing import Sealer
 from afd_data.shards import Manifest, Shard, write_manifest
@@ -65,10 +63,10 @@ def _opened(folder: Path, wanted: DataConfig, prompts: list[Prompt], teacher: Pr
 
 def fill(folder: Path, wanted: DataConfig, prompts: list[Prompt], teacher: Prepared) -> None:
     """Make a complete cache of this recipe, but for what stands in its tars."""
-    facts = recipe_facts(wanted, teacher.identity) | {"cache": wanted.cache.model_dump(include=ACCEPTANCE)}
     folder.mkdir()
     journal = Journal(folder / JOURNAL)
-    journal.start_round(0, json.loads(canonical_json(facts)), {}, plan_samples(wanted, prompts, teacher.identity))
+    sealer = Sealer(folder, journal, Spool(folder / "spool"), wanted.cache)
+    plan_round(wanted, prompts, teacher.identity, journal, sealer, False, None)
     journal.finish_round(0)
     journal.close()
     db = sqlite3.connect(folder / JOURNAL)

@@ -656,3 +656,36 @@ def test_a_record_that_forbids_it_is_found_where_the_tars_lie_elsewhere(hub, sea
     with pytest.raises(UserError, match="terms of drawn do not allow distillation"):
         push(local_head(cache.as_uri()), REPO, progress=False)
     assert uploads(hub) == 0
+
+
+# The command line
+
+
+def test_the_commands_push_pull_verify_and_inspect(afd, hub, cache, tmp_path):
+    pushed = afd("cache", "push", cache, REPO)
+    assert pushed.exit_code == 0, pushed.output
+    assert f"datasets/{REPO}" in pushed.stdout
+    pulled = afd("cache", "pull", SOURCE, tmp_path / "copy")
+    assert pulled.exit_code == 0, pulled.output
+    assert verify(tmp_path / "copy") == []
+    assert "every hash is right" in afd("cache", "verify", SOURCE).stdout
+    looked = afd("cache", "inspect", SOURCE, "-o", tmp_path / "sheet.png")
+    assert looked.exit_code == 0, looked.output
+    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_cache_teacher_pushes_what_it_made_and_only_what_is_new(afd, hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a red ball falls\na blue ball falls\n")
+    Path("r.yaml").write_text(
+        "out: run\nvideo: {width: 16, height: 16, frames: 4, lossless: true}\n"
+        "prompts: {source: prompts.txt}\nteacher: {name: playground}\ncache: {frozen: 0.0, near_duplicate: -1}\n"
+    )
+    for more in ("", "a green ball falls\n"):
+        with Path("prompts.txt").open("a") as file:
+            file.write(more)
+        made = afd("cache-teacher", "r.yaml", "--push-to-hub", REPO, "--private")
+        assert made.exit_code == 0, made.output
+    tars = [path for path in hub.files(REPO, kind="datasets") if path.endswith(".tar")]
+    assert len(tars) == 2
+    assert sum(request.startswith("PUT") for request in hub.requests) < 2 * len(hub.files(REPO, kind="datasets"))
