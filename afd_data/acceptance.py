@@ -6,6 +6,7 @@ Works on decoded frames, uint8 [F, H, W, 3]; knows nothing of journals and shard
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -15,8 +16,8 @@ import numpy as np
 from afd_data.config import CacheConfig, VideoConfig
 from afd_data.errors import UserError
 from afd_data.files import whole_file
-from afd_data.sound import add_sound, drop_sound, has_sound
-from afd_data.video import Probe, probe, read_video, write_mp4
+from afd_data.sound import add_sound, drop_sound
+from afd_data.video import Probe, Video, read_video, write_mp4
 
 RATE_TOLERANCE = 0.002  # of the frame rate: 23.976 counts as 24
 HASH_FRAMES, HASH_ROWS, HASH_COLUMNS = 4, 4, 4  # 64 bits
@@ -37,26 +38,22 @@ class RejectedError(Exception):
         self.cost = cost
 
 
-def read_and_check(path: Path, video: VideoConfig, rules: CacheConfig) -> np.ndarray:
-    """Decode a delivered file completely and return its frames; `rules` are those about black and frozen videos.
+def read_and_check(path: Path, video: VideoConfig, rules: CacheConfig) -> Video:
+    """Decode a delivered file completely; `rules` are those about black and frozen videos.
 
     Raises RejectedError: undecodable, wrong shape, black, frozen; OSError, MemoryError where this machine has failed.
     """
     try:
-        facts = probe(path, NAME)
-        if facts.declared_frames <= facts.frames:  # else `read_video` says that it is truncated
-            check_shape(facts, video)
         # one decoder for every machine: frames are equal, but decord dies of some damaged files
-        frames = read_video(path, decoder="pyav", name=NAME).frames
+        found = read_video(path, decoder="pyav", name=NAME, check=lambda facts: check_shape(facts, video))
     except UserError as error:
         raise RejectedError(f"undecodable: {error}") from None
-    if frames.shape[1:3] != (video.height, video.width):
-        raise RejectedError(
-            f"wrong shape: shown turned, as {frames.shape[2]}x{frames.shape[1]}; asked for {video.width}x{video.height}"
-        )
-    check_light(frames, rules.black)
-    check_motion(frames, rules.frozen)
-    return frames
+    height, width = found.frames.shape[1:3]
+    if (width, height) != (video.width, video.height):
+        raise RejectedError(f"wrong shape: shown turned, as {width}x{height}; asked for {video.width}x{video.height}")
+    check_light(found.frames, rules.black)
+    check_motion(found.frames, rules.frozen)
+    return found
 
 
 def shape_problem(facts: Probe, video: VideoConfig) -> str:
@@ -88,31 +85,30 @@ def check_light(frames: np.ndarray, black: float) -> None:
 
 def check_motion(frames: np.ndarray, frozen: float) -> None:
     """Raises RejectedError when neighbouring frames differ by less than `frozen` levels on average."""
-    change = float(cv2.absdiff(frames[1:].reshape(-1), frames[:-1].reshape(-1)).mean())
+    change = sum(cv2.norm(a, b, cv2.NORM_L1) for a, b in pairwise(frames)) / frames[1:].size
     if change < frozen:
         raise RejectedError(f"frozen: frames differ by {change:.3f} levels on average, less than {frozen:g}")
 
 
-def make_mp4(path: Path, frames: np.ndarray, video: VideoConfig, audio: Literal["drop", "keep"]) -> None:
-    """See that `path` is H.264 in mp4, with or without its sound.
+def make_mp4(path: Path, found: Video, video: VideoConfig, audio: Literal["drop", "keep"]) -> None:
+    """See that `path`, in which `found` was read, is H.264 in mp4, with or without its sound.
 
     A delivered one keeps its bytes, or where it loses its sound those of its video track; anything else is encoded
     again in place.
     """
-    if not is_h264_mp4(path):
+    if not is_h264_mp4(path, found.facts):
         with whole_file(path) as part:
-            write_mp4(part, frames, video)
+            write_mp4(part, found.frames, video)
             if audio == "keep":
-                add_sound(part, path, 0.0, len(frames) / video.fps)
-    elif audio == "drop" and has_sound(path):
+                add_sound(part, path, 0.0, len(found.frames) / video.fps)
+    elif audio == "drop" and found.facts.sound_tracks:
         drop_sound(path)
 
 
-def is_h264_mp4(path: Path) -> bool:
-    """Whether a video can be sealed as it is.  Raises UserError when it is none."""
+def is_h264_mp4(path: Path, facts: Probe) -> bool:
+    """Whether the video at `path`, of these facts, can be sealed as it is."""
     with open(path, "rb") as file:
-        is_mp4 = file.read(8)[4:] == b"ftyp"
-    return is_mp4 and probe(path).codec == "h264"
+        return file.read(8)[4:] == b"ftyp" and facts.codec == "h264"
 
 
 def perceptual_hash(frames: np.ndarray) -> str:

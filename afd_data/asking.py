@@ -14,8 +14,6 @@ import threading
 import time
 from dataclasses import replace
 
-import numpy as np
-
 from afd_data.acceptance import RejectedError, make_mp4, perceptual_hash, read_and_check, thumbnail
 from afd_data.budget import Streak, booked, open_budget
 from afd_data.config import DataConfig
@@ -33,6 +31,7 @@ from afd_data.teachers import (
     UnknownError,
     UnreachableError,
 )
+from afd_data.video import Video
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +141,7 @@ class Asker:
         if sample is None:
             return False
         try:
-            frames = read_and_check(self._spool.path(row, "mp4"), self._recipe.video, self._recipe.cache)
+            found = read_and_check(self._spool.path(row, "mp4"), self._recipe.video, self._recipe.cache)
         except RejectedError:  # damaged since: ask again
             self._spool.drop((row.generation, row.key))
             return False
@@ -151,7 +150,7 @@ class Asker:
             self._journal.move(row.id, "submitted")
         if row.state != "ready":
             self._journal.move(row.id, "ready")
-        self._record(row, attempt, sample, frames, self._spool.path(row, "mp4").stat().st_mtime, sample.cost or None)
+        self._record(row, attempt, sample, found, self._spool.path(row, "mp4").stat().st_mtime, sample.cost or None)
         return True
 
     def _recover(self, row: Row, attempt: Attempt) -> bool:
@@ -227,14 +226,15 @@ class Asker:
         """Check the draft and keep it, or turn it down."""
         video, draft = self._recipe.video, self._spool.path(row, "part.mp4")
         try:
-            frames = read_and_check(draft, video, self._recipe.cache)
+            found = read_and_check(draft, video, self._recipe.cache)
         except RejectedError as error:
             self._reject(row, attempt, error, delivery.cost)
             return
-        make_mp4(draft, frames, video, self._recipe.cache.audio)
+        make_mp4(draft, found, video, self._recipe.cache.audio)
         cost = booked(delivery.cost, attempt.estimate, self._identity.paid) or 0.0
-        sample = sample_of(row, delivery, cost, self._identity, video, draft.read_bytes(), perceptual_hash(frames))
-        self._record(row, attempt, sample, frames, self._spool.keep(row, sample), delivery.cost)
+        look = perceptual_hash(found.frames)
+        sample = sample_of(row, delivery, cost, self._identity, video, draft.read_bytes(), look)
+        self._record(row, attempt, sample, found, self._spool.keep(row, sample), delivery.cost)
         self.streak.succeeded()
 
     def _reject(self, row: Row, attempt: Attempt, error: RejectedError, told: float | None) -> None:
@@ -244,7 +244,7 @@ class Asker:
             self._failed(error)
 
     def _record(
-        self, row: Row, attempt: Attempt, sample: Sample, frames: np.ndarray, created_at: float, told: float | None
+        self, row: Row, attempt: Attempt, sample: Sample, found: Video, created_at: float, told: float | None
     ) -> None:
-        looks = {"perceptual_hash": sample.perceptual_hash, "thumbnail": thumbnail(frames)}
+        looks = {"perceptual_hash": sample.perceptual_hash, "thumbnail": thumbnail(found.frames)}
         self._end(row, attempt, "spooled", "", told, created_at=created_at, **looks)

@@ -28,16 +28,19 @@ def open_budget(limit: float | None, estimate: float, identity: Identity, journa
                 f"cache.max_cost={limit:g} cannot be kept: it is in {identity.currency}, and this cache has spent "
                 f"{others[0]} too. Set teacher.currency back, or cache into another folder with --set out=FOLDER."
             )
-    return Budget(limit, sum(spend.get(identity.currency, ())), max(estimate, highest_cost(journal)))
+    return Budget(limit, sum(spend.get(identity.currency, ())), max(estimate, highest_cost(journal, identity.currency)))
 
 
-def highest_cost(journal: Journal) -> float:
-    """What the dearest request of the newest generation cost; 0.0 where none did."""
+def highest_cost(journal: Journal, currency: str) -> float:
+    """What the dearest request since the newest round began cost; 0.0 where none did.
+
+    Those before it may have been another teacher's; looking up the samples of them all would take a minute.
+    """
     query = (
-        "SELECT max(r.cost) FROM requests r JOIN samples s USING (fingerprint) "
-        "WHERE r.cost > 0 AND s.generation = (SELECT max(generation) FROM samples)"
+        "SELECT max(cost) FROM requests WHERE currency = ? "
+        "AND intent_at >= (SELECT started_at FROM rounds ORDER BY generation DESC LIMIT 1)"
     )
-    return journal.select(query)[0][0] or 0.0
+    return journal.select(query, (currency,))[0][0] or 0.0
 
 
 def booked(told: float | None, estimate: float, paid: bool) -> float | None:

@@ -24,7 +24,7 @@ from afd_data.origin import address, is_remote, read_range
 from afd_data.origin_record import home
 from afd_data.sample import MEMBERS, Sample, parse_sample
 from afd_data.shards import BLOCK, Shard, read_manifest
-from afd_data.video import Decoder, Video, probe, read_video
+from afd_data.video import Decoder, Probe, Video, probe, read_video
 
 
 @dataclass(frozen=True)
@@ -146,12 +146,7 @@ def read_example(reading: Reading, place: Place) -> Example:
     sample = parse_sample(members["json"], f"{path}: {place.key}.json")
     check_sample(sample, place.key, place.shard, path)
     where = f"{path}: {place.key}.mp4"
-    if reading.video is not None:
-        _check_shape(mp4, where, reading.video)
-    if reading.decode:
-        video = read_video(mp4, reading.decoder, where)
-    else:
-        video = Video(np.empty((0, sample.height, sample.width, 3), np.uint8), probe(mp4, where).fps)
+    video = _decoded(reading, mp4, where, sample)
     return Example(
         key=sample.key,
         prompt_id=sample.prompt_id,
@@ -199,9 +194,20 @@ def _sealed_members(reading: Reading, place: Place, path: str) -> dict[str, byte
     return members
 
 
-def _check_shape(mp4: bytes, where: str, video: VideoConfig) -> None:
-    """Before decoding, so that a stranger's clip cannot fill the memory."""
+def _decoded(reading: Reading, mp4: bytes, where: str, sample: Sample) -> Video:
+    def check(facts: Probe) -> None:
+        """Before decoding, so that a stranger's clip cannot fill the memory."""
+        if reading.video is not None:
+            _check_shape(facts, where, reading.video)
+
+    if reading.decode:
+        return read_video(mp4, reading.decoder, where, check)
     facts = probe(mp4, where)
+    check(facts)
+    return Video(np.empty((0, sample.height, sample.width, 3), np.uint8), facts)
+
+
+def _check_shape(facts: Probe, where: str, video: VideoConfig) -> None:
     if shape_problem(facts, video):
         raise UserError(
             f"{where}: {facts.frames} frames of {facts.width}x{facts.height} at {facts.fps:g} fps, the recipe wants "

@@ -44,6 +44,7 @@ class Journal:
         self._patience_s = patience_s
         self._oldest = 0.0  # when the open transaction began, time.monotonic()
         self._broken: sqlite3.OperationalError | None = None
+        self._path = path
         self._db = connect(path, writable, mode)
 
     # Writing
@@ -57,7 +58,7 @@ class Journal:
             ).fetchone()
             if to == "sealed" and old != "spooled":
                 raise UserError(
-                    "the journal is older than the shards: it does not know of videos that are in them. "
+                    f"{self._path}: older than the shards: it does not know of videos that are in them. "
                     "Put the newest journal.sqlite back, or cache into another folder with --set out=FOLDER."
                 )
             check_transition(old, to)
@@ -149,18 +150,20 @@ class Journal:
 
     def _so_far(self, generation: int, digest: str) -> dict:
         """What `plan` remembers; the count notices samples that came from elsewhere, out of another cache."""
-        count = self.select("SELECT count(*) FROM samples WHERE generation = ?", (generation,))[0][0]
-        return {"generation": generation, "digest": digest, "samples": count}
+        samples = self.select("SELECT count(*) FROM samples WHERE generation = ?", (generation,))
+        return {"generation": generation, "digest": digest, "samples": samples[0][0]}
 
-    def start_round(self, generation: int, facts: dict, why: dict, planned: Iterable[Planned] = ()) -> int:
-        """Begin a refresh round with its samples, durably and all at once; return how many it has."""
+    def start_round(
+        self, generation: int, facts: dict, why: dict, planned: Iterable[Planned] = (), digest: str = ""
+    ) -> int:
+        """Begin a refresh round with its samples, durably and all at once; return how many.  `digest`: see `plan`."""
         with self._writing(patience_s=0.0):
-            values = (generation, json.dumps(facts), json.dumps(why), time.time())
-            self._db.execute(
-                "INSERT INTO rounds (generation, facts_json, why_json, started_at) VALUES (?, ?, ?, ?)", values
-            )
+            values = (generation, json.dumps(facts), json.dumps(why), time.time(), 0.0)
+            self._db.execute("INSERT INTO rounds VALUES (?, ?, ?, ?, ?)", values)
             insert = f"INSERT INTO samples ({PLAN_COLUMNS}, state) VALUES ({MARKS}, 'planned')"
-            return self._db.executemany(insert, (astuple(sample) for sample in planned)).rowcount
+            added = self._db.executemany(insert, (astuple(sample) for sample in planned)).rowcount
+            self._set_fact(PLANNED, self._so_far(generation, digest))
+            return added
 
     def finish_round(self, generation: int) -> None:
         """Record that all of its samples have come to an end and are published."""
@@ -186,9 +189,8 @@ class Journal:
 
     def fact(self, name: str) -> object | None:
         """What `set_fact` recorded, or None."""
-        with self._lock:
-            row = self._db.execute("SELECT value_json FROM facts WHERE name = ?", (name,)).fetchone()
-        return None if row is None else json.loads(row[0])
+        found = self.select("SELECT value_json FROM facts WHERE name = ?", (name,))
+        return json.loads(found[0][0]) if found else None
 
     def rows(self, after: int = 0, states: tuple[str, ...] = tuple(TRANSITIONS), page: int = 256) -> Iterator[Row]:
         """Samples in the order of the plan, from the one behind id `after`; read in pages, so states may change."""
@@ -209,9 +211,8 @@ class Journal:
 
     def last_attempt(self, fingerprint: str) -> Attempt:
         """The last one of a sample; an empty one where there was none."""
-        found = self.select(
-            f"SELECT {ATTEMPT_COLUMNS} FROM requests WHERE fingerprint = ? ORDER BY id DESC LIMIT 1", (fingerprint,)
-        )
+        query = f"SELECT {ATTEMPT_COLUMNS} FROM requests WHERE fingerprint = ? ORDER BY id DESC LIMIT 1"
+        found = self.select(query, (fingerprint,))
         return Attempt(*found[0]) if found else Attempt()
 
     def job_id(self, fingerprint: str) -> str:

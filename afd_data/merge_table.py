@@ -19,7 +19,7 @@ from afd_data.errors import UserError
 from afd_data.index import index_rows, update_index
 from afd_data.journal import JOURNAL
 from afd_data.journal_file import connect
-from afd_data.origin import read_range
+from afd_data.members import read_member_at
 from afd_data.plan import Planned
 from afd_data.sample import parse_sample
 from afd_data.shards import Manifest, Shard
@@ -31,7 +31,8 @@ SAMPLE = (*SAMPLE, "created_at")  # columns of a journal's `samples`
 REQUEST = ("fingerprint", "job_id", "state", "intent_at", "submitted_at", "ended_at", "fetch_before", "estimate")
 REQUEST = (*REQUEST, "cost", "currency", "reason")  # columns of its `requests`
 INDEX = ("key", "generation", "shard", "perceptual_hash", "created_at", "cost", "currency", "json_offset", "json_size")
-INDEX = (*INDEX, "mp4_sha256", "mp4_offset", "mp4_size", "width", "height", "frames", "fps")
+INDEX = (*INDEX, "json_sha256", "mp4_sha256", "mp4_offset", "mp4_size", "width", "height", "frames", "fps")
+MP4: tuple[str, ...] = ("key", "shard", "mp4_offset", "mp4_size", "mp4_sha256")  # what says where a video lies
 SCHEMA = f"""
 CREATE TABLE items (
     id INTEGER PRIMARY KEY, cache INTEGER, {", ".join(SAMPLE)}, mp4_sha256 TEXT DEFAULT '', mp4_offset, mp4_size, shape,
@@ -119,8 +120,7 @@ class Table:
 
     def _add_unheard(self, number: int, folder: Path, row: dict) -> None:
         """A sample that the cache's journal, if any, does not tell of, with a request that says what it cost."""
-        where = f"{folder / row['shard']}: {row['key']}.json"
-        sample = parse_sample(read_range(folder, row["shard"], row["json_offset"], row["json_size"]), where)
+        sample = parse_sample(read_member_at(folder, row, "json"), f"{folder / row['shard']}: {row['key']}.json")
         values = (*(getattr(sample, field.name) for field in fields(Planned)), "", "", "", "", b"", 0.0)
         marks = ", ?" * len(SAMPLE)
         self.db.execute(f"INSERT INTO items (cache, {', '.join(SAMPLE)}) VALUES ({number}{marks})", values)
@@ -217,12 +217,12 @@ class Table:
 
     def _thumbnail(self, sample_id: int) -> bytes:
         """From the journal, else from the video."""
-        query = "SELECT thumbnail, cache, shard, mp4_offset, mp4_size FROM items WHERE id = ?"
-        known, cache, shard, offset, size = self.db.execute(query, (sample_id,)).fetchone()
+        query = f"SELECT thumbnail, cache, {', '.join(MP4)} FROM items WHERE id = ?"
+        known, cache, *values = self.db.execute(query, (sample_id,)).fetchone()
         if known:
             return known
-        folder = self.caches[cache].folder
-        video = read_video(read_range(folder, shard, offset, size), decoder="pyav", name=str(folder / shard))
+        folder, row = self.caches[cache].folder, dict(zip(MP4, values, strict=True))
+        video = read_video(read_member_at(folder, row, "mp4"), decoder="pyav", name=str(folder / row["shard"]))
         made = thumbnail(video.frames)
         self.db.execute("UPDATE items SET thumbnail = ? WHERE id = ?", (made, sample_id))
         return made

@@ -7,6 +7,7 @@ from then on what is new makes a round of its own, so that a generation that tra
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
@@ -51,6 +52,14 @@ class _Task:
         """All that the recipe wants, as a round would ask for it."""
         return plan_samples(self.recipe, self.prompts, self.identity, generation)
 
+    def digest(self) -> str:
+        """Of everything that `samples` and `has` follow from."""
+        takes = self.recipe.cache.model_dump(include={"takes", "eval_takes"})
+        found = hashlib.sha256(canonical_json([self.facts, takes, str(self.partition)]).encode())
+        for prompt in self.prompts:
+            found.update(f"\0{prompt.id}\0{prompt.split}\0{prompt.text}".encode())
+        return found.hexdigest()
+
     def has(self, sample: Planned) -> bool:
         """Whether it is this process's to ask for."""
         return self.partition is None or self.partition.has(sample.prompt_id)
@@ -86,7 +95,7 @@ def plan_round(
             _say_finished(newest)
         elif newest.generation == 0 and not (refresh and over):
             _go_on(task, newest, journal, sealer.folder)
-            journal.plan(_lacking(task, above))
+            journal.plan(_lacking(task, above), digest="" if above else task.digest())
         elif not over:
             _go_on(task, newest, journal, sealer.folder)
             _say_finished(newest)
@@ -140,7 +149,7 @@ def _first(task: _Task, journal: Journal, above: Journal | None, folder: Path) -
     """Begin in an empty journal: with everything, or in a part with what the cache above it lacks."""
     before = above.rounds() if above else []
     if not above or not before:
-        journal.start_round(0, task.facts, {}, _lacking(task, None))
+        journal.start_round(0, task.facts, {}, _lacking(task, None), task.digest())
         return
     newest = before[-1]
     if newest.generation == 0 and not task.refresh:

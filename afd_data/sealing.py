@@ -47,7 +47,7 @@ class Sealer:
         self._journal = journal
         self._spool = spool
         self._config = config
-        self._hashes = Hashes()
+        self._hashes: Hashes | None = None
         self._decided = 0  # id of the last sample of the plan that was decided
         self._taken: dict[tuple[str, int], list[Row]] = defaultdict(list)  # (split, generation) -> not sealed yet
         self._taken_bytes: dict[tuple[str, int], int] = defaultdict(int)
@@ -61,9 +61,6 @@ class Sealer:
         self._adopt_tars()
         self._note_sealed()
         self._empty_spool()
-        query = "SELECT id, perceptual_hash FROM samples WHERE state = 'sealed' ORDER BY id"
-        for sample_id, perceptual_hash in self._journal.select(query):
-            self._hashes.add(sample_id, perceptual_hash)
         self._publish()
 
     def _empty_spool(self) -> None:
@@ -165,7 +162,7 @@ class Sealer:
         bits = self._config.near_duplicate
         if bits < 0:
             return False
-        for other in self._hashes.near(row.perceptual_hash, bits):
+        for other in self._looks().near(row.perceptual_hash, bits):
             query = "SELECT a.thumbnail, b.thumbnail, b.prompt_id, b.key FROM samples a, samples b WHERE (a.id, b.id)"
             mine, theirs, prompt_id, key = self._journal.select(f"{query} = (?, ?)", (row.id, other))[0]
             if prompt_id != row.prompt_id and is_twin(mine, theirs):
@@ -175,9 +172,21 @@ class Sealer:
                 return True
         return False
 
+    def _looks(self) -> Hashes:
+        """Of all samples taken so far; those of earlier runs are read when the first one is to be decided."""
+        if self._hashes is None:
+            self._hashes, after = Hashes(), 0
+            query = "SELECT id, perceptual_hash FROM samples WHERE state = 'sealed' AND id > ? ORDER BY id LIMIT 10000"
+            while page := self._journal.select(query, (after,)):
+                for sample_id, perceptual_hash in page:
+                    self._hashes.add(sample_id, perceptual_hash)
+                after = page[-1][0]
+        return self._hashes
+
     def _take(self, row: Row) -> None:
         bin_ = (row.split, row.generation)
-        self._hashes.add(row.id, row.perceptual_hash)
+        if self._config.near_duplicate >= 0:
+            self._looks().add(row.id, row.perceptual_hash)
         self._taken[bin_].append(row)
         self._taken_bytes[bin_] += self._spool.size(row)
         full = len(self._taken[bin_]) >= self._config.shard_samples
@@ -204,7 +213,7 @@ class Sealer:
 def is_over(journal: Journal, generation: int) -> bool:
     """Whether every sample of a round has come to an end."""
     states = (*OPEN, "spooled")
-    query = f"SELECT 1 FROM samples WHERE generation = ? AND state IN ({', '.join('?' * len(states))}) LIMIT 1"
+    query = f"SELECT 1 FROM samples WHERE +generation = ? AND state IN ({', '.join('?' * len(states))}) LIMIT 1"
     return not journal.select(query, (generation, *states))
 
 

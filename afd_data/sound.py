@@ -18,17 +18,11 @@ from av.audio.stream import AudioStream
 from av.container import InputContainer
 
 from afd_data.files import whole_file
-from afd_data.opening import open_video
-from afd_data.video import MP4_OPTIONS, main_track
+from afd_data.opening import main_track, open_video
+from afd_data.video import MP4_OPTIONS
 
 RATE = 48_000  # samples per second of what is written
 FRAME_SAMPLES = 1024  # AAC's
-
-
-def has_sound(path: Path) -> bool:
-    """Whether a file has a sound track.  Raises FFmpegError when it is no media file."""
-    with open_video(path) as container:
-        return bool(container.streams.audio)
 
 
 def drop_sound(path: Path) -> None:

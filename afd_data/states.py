@@ -2,7 +2,7 @@
 
 planned -> intent (about to be asked) -> submitted (the teacher gave a job id) -> running -> ready (can be fetched)
 -> spooled (durable here, accepted) -> sealed (in a shard).  The other ends are `refused` (the teacher will not),
-`failed` (it tried and failed), `rejected` (delivered and not taken) and `unknown` (it may have taken the order, or not).
+`failed` (it tried and failed), `rejected` (delivered and not taken) and `unknown` (it may have taken the order).
 A free teacher is asked again for what failed; everything else that ended without a video is asked again only when a
 person says so.
 """

@@ -7,14 +7,13 @@ rest (decord 0.6 cannot return frames 8, 12, 16, 24, 48 or 72 pixels wide, and p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
 import av
-import av.error
 import numpy as np
 from av.container import InputContainer
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
@@ -22,21 +21,15 @@ from av.video.stream import VideoStream
 
 from afd_data.config import VideoConfig
 from afd_data.errors import UserError
-from afd_data.opening import Source, open_video, raise_if_local, readable
+from afd_data.opening import Source, is_whole, main_track, name_of, opened, readable, whole_packets
 
 Decoder = Literal["auto", "decord", "pyav"]
 RGB_MATRIX, BT709 = 0, 1  # ITU-T H.273; BT.709 is 1 as matrix, as primaries and as transfer
 MP4_OPTIONS = {"movflags": "+faststart", "fflags": "+bitexact"}  # index first; without the muxer's version
 MAX_PIXELS = 2**30  # of all frames together: 3.2 GB decoded, five seconds of 3840 x 2160 at 24 fps
+SMALLEST_PX = 256  # of a frame, as it counts: however small it is, it takes room
+MAX_PACKED = 3 * 2**30  # bytes of all packets, which a damaged index may find in the file again and again
 DECORD_MIN_WIDTH = 100  # below it PyAV takes less time (0.9 against 1.7 ms for 12 frames of 32 x 32)
-
-
-@dataclass(frozen=True)
-class Video:
-    """Decoded frames, uint8 [F, H, W, 3] in RGB, at `fps` frames per second."""
-
-    frames: np.ndarray
-    fps: float
 
 
 @dataclass(frozen=True)
@@ -51,6 +44,20 @@ class Probe:
     pixel_format: str
     declared_frames: int  # 0 where the container does not say
     video_tracks: int
+    sound_tracks: int
+
+
+@dataclass(frozen=True)
+class Video:
+    """Decoded frames, uint8 [F, H, W, 3] in RGB, of a file with these facts."""
+
+    frames: np.ndarray
+    facts: Probe
+
+    @property
+    def fps(self) -> float:
+        """Frames per second."""
+        return self.facts.fps
 
 
 def write_mp4(path: Path, frames: np.ndarray, video: VideoConfig) -> None:
@@ -74,6 +81,7 @@ class Mp4Writer:
         self._container = av.open(str(path), "w", format="mp4", options=MP4_OPTIONS)
         self._stream: VideoStream | None = None
         self._frames = 0
+        self._converter = VideoReformatter()
 
     def add(self, frames: np.ndarray) -> None:
         """Append uint8 [F, H, W, 3], all of one size."""
@@ -81,8 +89,12 @@ class Mp4Writer:
         for rgb in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
             if not self._video.lossless:
-                frame = frame.reformat(
-                    format=stream.pix_fmt, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+                frame = self._converter.reformat(
+                    frame,
+                    format=stream.pix_fmt,
+                    dst_colorspace=Colorspace.ITU709,
+                    dst_color_range=ColorRange.MPEG,
+                    threads=1,
                 )
             frame.pts, frame.time_base = self._frames, 1 / self._rate
             self._container.mux(stream.encode(frame))
@@ -121,42 +133,25 @@ def check_frames(frames: np.ndarray) -> None:
 
 def probe(source: Source, name: str | None = None) -> Probe:
     """Facts of the main video track, without decoding.  Raises UserError naming the file and what is wrong with it."""
-    name = name or _name(source)
-    try:
-        with open_video(source) as container:
-            stream = main_track(container, name)
-            packets = sum(1 for _ in whole_packets(container, stream))
-            context = stream.codec_context
-            return Probe(
-                width=context.width,
-                height=context.height,
-                frames=packets,
-                fps=float(stream.average_rate or stream.guessed_rate or 0),
-                codec=context.name,
-                pixel_format=context.pix_fmt or "",
-                declared_frames=stream.frames,
-                video_tracks=len(container.streams.video),
-            )
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise_if_local(source, error)
-        raise UserError(f"{name}: {_diagnosis(source, error)}") from None
+    name = name or name_of(source)
+    with opened(source, name) as container:
+        stream = main_track(container, name)
+        return _facts(container, stream, sum(1 for _ in whole_packets(container, stream)))
 
 
-def main_track(container: InputContainer, name: str) -> VideoStream:
-    """The video track that a player would show.  Raises UserError where there is none to decode."""
-    stream = container.streams.best("video")
-    if not isinstance(stream, VideoStream):
-        raise UserError(f"{name}: no video track in it")
-    if stream.codec_context is None:
-        raise UserError(f"{name}: truncated or damaged, or of a codec that PyAV cannot decode. Copy or convert it.")
-    return stream
-
-
-def whole_packets(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
-    """One a coded frame; the last one of a truncated file, which is cut through, does not count."""
-    return (packet for packet in container.demux(stream) if packet.size and not packet.is_corrupt)
+def _facts(container: InputContainer, stream: VideoStream, frames: int) -> Probe:
+    context = stream.codec_context
+    return Probe(
+        width=context.width,
+        height=context.height,
+        frames=frames,
+        fps=float(stream.average_rate or stream.guessed_rate or 0),
+        codec=context.name,
+        pixel_format=context.pix_fmt or "",
+        declared_frames=stream.frames,
+        video_tracks=len(container.streams.video),
+        sound_tracks=len(container.streams.audio),
+    )
 
 
 def upright_rgb(frame: av.VideoFrame, converter: VideoReformatter) -> np.ndarray:
@@ -168,28 +163,52 @@ def upright_rgb(frame: av.VideoFrame, converter: VideoReformatter) -> np.ndarray
     return np.rot90(rgb.to_ndarray(), k=frame.rotation // 90)
 
 
-def read_video(source: Source, decoder: Decoder = "auto", name: str | None = None) -> Video:
-    """Decode a whole video.  `name` stands for bytes in messages.
+def read_video(
+    source: Source, decoder: Decoder = "auto", name: str | None = None, check: Callable[[Probe], None] | None = None
+) -> Video:
+    """Decode a whole video.  `name` stands for bytes in messages; `check` sees the facts before frames are decoded.
 
-    Raises UserError naming the file: not a video, an HTML page, truncated, without frames.
+    Raises UserError naming the file: not a video, an HTML page, truncated, without frames; and whatever `check` raises.
     """
-    name = name or _name(source)
-    facts = probe(source, name)
-    if facts.frames == 0 or facts.fps <= 0:
-        raise UserError(f"{name}: the video has no frames")
-    if facts.frames * facts.width * facts.height > MAX_PIXELS:
-        raise UserError(f"{name}: more than {MAX_PIXELS} pixels in its frames are not decoded. Make it smaller.")
-    if facts.declared_frames > facts.frames:
-        raise UserError(f"{name}: truncated: it declares {facts.declared_frames} frames, only {facts.frames} are there")
-    frames = None
-    wanted = decoder == "decord" or (decoder == "auto" and facts.width >= DECORD_MIN_WIDTH)
-    if wanted and facts.video_tracks == 1:
-        frames = _decord_frames(source, name, required=decoder == "decord")
-    if frames is None:
-        frames = _pyav_frames(source, name)
+    name = name or name_of(source)
+    with opened(source, name) as container:
+        stream = main_track(container, name)
+        packets = _packets(container, stream, name)
+        facts = _facts(container, stream, sum(map(is_whole, packets)))
+        if facts.frames == 0 or facts.fps <= 0:
+            raise UserError(f"{name}: the video has no frames")
+        if facts.declared_frames > facts.frames:
+            raise UserError(f"{name}: truncated: it declares {facts.declared_frames} frames and has {facts.frames}")
+        if check is not None:
+            check(facts)
+        wanted = decoder == "decord" or (decoder == "auto" and facts.width >= DECORD_MIN_WIDTH)
+        able = facts.video_tracks == 1
+        frames = _decord_frames(source, name, required=decoder == "decord") if wanted and able else None
+        if frames is None:
+            frames = _pyav_frames(stream, packets, name)
     if len(frames) < facts.frames:
         raise UserError(f"{name}: damaged: {facts.frames} frames in the file, only {len(frames)} can be decoded")
-    return Video(frames, facts.fps)
+    return Video(frames, facts)
+
+
+def _packets(container: InputContainer, stream: VideoStream, name: str) -> list[av.Packet]:
+    """All of the track, read once to be counted and to be decoded."""
+    packets: list[av.Packet] = []
+    pixels = size = 0
+    frame_px = max(stream.codec_context.width * stream.codec_context.height, SMALLEST_PX)
+    for packet in container.demux(stream):
+        packets.append(packet)
+        pixels += frame_px if packet.size else 0
+        size += packet.size
+        _check_pixels(pixels, name)
+        if size > MAX_PACKED:
+            raise UserError(f"{name}: more than {MAX_PACKED} bytes of video are not decoded. Make it smaller.")
+    return packets
+
+
+def _check_pixels(pixels: int, name: str) -> None:
+    if pixels > MAX_PIXELS:
+        raise UserError(f"{name}: more than {MAX_PIXELS} pixels in its frames are not decoded. Make it smaller.")
 
 
 def _decord_frames(source: Source, name: str, required: bool) -> np.ndarray | None:
@@ -208,43 +227,23 @@ def _decord_frames(source: Source, name: str, required: bool) -> np.ndarray | No
         return None
 
 
-def _pyav_frames(source: Source, name: str) -> np.ndarray:
-    """uint8 [F, H, W, 3] of the main video track."""
-    try:
-        with open_video(source) as container:
-            stream = main_track(container, name)
-            converter = VideoReformatter()
-            frames: list[np.ndarray] = []
-            for frame in container.decode(stream):
-                frames.append(upright_rgb(frame, converter))
-                if frames[-1].shape != frames[0].shape:  # at once: what follows may be of any size
-                    raise UserError(f"{name}: the size changes inside")
-    except (av.error.FFmpegError, OSError) as error:
-        raise_if_local(source, error)
-        raise UserError(f"{name}: {_diagnosis(source, error)}") from None
-    if not frames:
+def _pyav_frames(stream: VideoStream, packets: Sequence[av.Packet], name: str) -> np.ndarray:
+    """uint8 [F, H, W, 3], decoded in one thread: a decoder's own threads would only compete with the callers'."""
+    stream.codec_context.thread_count = 1
+    converter = VideoReformatter()
+    room = sum(1 for packet in packets if packet.size)
+    frames, count = np.empty(0, np.uint8), 0
+    for frame in (frame for packet in packets for frame in packet.decode()):
+        rgb = upright_rgb(frame, converter)
+        if count == 0:
+            _check_pixels(room * rgb.shape[0] * rgb.shape[1], name)  # the file may have told of smaller ones
+            frames = np.empty((room, *rgb.shape), np.uint8)
+        if rgb.shape != frames.shape[1:]:
+            raise UserError(f"{name}: the size changes inside")
+        if count == room:
+            raise UserError(f"{name}: damaged: more frames come out of it than are in it")
+        frames[count] = rgb
+        count += 1
+    if not count:
         raise UserError(f"{name}: no frame can be decoded")
-    return np.stack(frames)
-
-
-def _name(source: Source) -> str:
-    return "video" if isinstance(source, bytes) else str(source)
-
-
-def _diagnosis(source: Source, error: Exception) -> str:
-    """Why it cannot be opened, in words a user can act on."""
-    if isinstance(source, Path):
-        if not source.is_file():
-            return "no such file"
-        with source.open("rb") as file:
-            head = file.read(512)
-    else:
-        head = source[:512]
-    if not head:
-        return "the file is empty"
-    text = head.lstrip().lower()
-    if text.startswith((b"<!doctype html", b"<html", b"<?xml")):
-        return "an HTML page, not a video; the download answered with an error page"
-    if head[4:8] == b"ftyp":
-        return "truncated or damaged mp4 (its index cannot be read). Copy it again."
-    return f"not a video ({type(error).__name__})"
+    return frames[:count]

@@ -16,6 +16,7 @@ from afd_data.journal import Journal, Row
 from afd_data.progress import progress_bar
 from afd_data.sealing import Sealer
 from afd_data.states import OPEN
+from afd_data.teachers import programs
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ def _stop_on_interrupt(asker: Asker, say: Callable[[str], object]) -> Iterator[N
 
     def on_interrupt(number: int, frame: object) -> None:
         if asker.stop.is_set():
+            programs.kill_all()
             os._exit(INTERRUPTED)  # threads wait for the network; whatever they do may be cut off at any moment
         asker.halt()
         say("Stopping after the videos in flight; the same command goes on from there. Ctrl-C again stops at once.")

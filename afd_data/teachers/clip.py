@@ -28,9 +28,9 @@ from av.video.reformatter import VideoReformatter
 from afd_data.acceptance import RejectedError
 from afd_data.config import VideoConfig
 from afd_data.errors import UserError
-from afd_data.opening import open_video, raise_if_local
+from afd_data.opening import main_track, open_video, raise_if_local, whole_packets
 from afd_data.teacher_config import Adaptation
-from afd_data.video import main_track, upright_rgb, whole_packets
+from afd_data.video import upright_rgb
 
 EPSILON_S = 1e-6
 
@@ -164,14 +164,18 @@ def _timeline(container: InputContainer, name: str) -> Timeline:
     if rate <= 0:
         raise UserError(f"{name}: the video states no frame rate")
     aspect = float(stream.sample_aspect_ratio or 1)
-    packets = list(whole_packets(container, stream))
-    if not packets:
+    stamps, count = [], 0  # the packets themselves may be more than memory holds
+    for packet in whole_packets(container, stream):
+        count += 1
+        if packet.pts is not None and packet.time_base is not None:
+            stamps.append(float(packet.pts * packet.time_base))
+    if not count:
         raise UserError(f"{name}: the video has no frames")
-    if stream.frames > len(packets):
-        raise UserError(f"{name}: truncated: it declares {stream.frames} frames and holds {len(packets)}")
-    stamps = sorted(float(p.pts * p.time_base) for p in packets if p.pts is not None and p.time_base is not None)
-    if len(stamps) < len(packets):
-        return Timeline(0.0, [k / rate for k in range(len(packets))], len(packets) / rate, aspect)
+    if stream.frames > count:
+        raise UserError(f"{name}: truncated: it declares {stream.frames} frames and holds {count}")
+    if len(stamps) < count:
+        return Timeline(0.0, [k / rate for k in range(count)], count / rate, aspect)
+    stamps.sort()
     shown_s = [stamp - stamps[0] for stamp in stamps]
     return Timeline(stamps[0], shown_s, shown_s[-1] + 1 / rate, aspect)
 

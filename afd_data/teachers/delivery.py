@@ -31,7 +31,7 @@ def deliver(source: Path, target: Path, request: Request, rules: Adaptation, nam
     start_s, made_up, fps = 0.0, 0, video.fps
     try:
         facts = probe(source, name)
-        kept = not shape_problem(facts, video) and is_as_asked(video, source, name) and is_h264_mp4(source)
+        kept = not shape_problem(facts, video) and is_as_asked(video, source, name) and is_h264_mp4(source, facts)
         with whole_file(target) as part:
             if kept:
                 fps = facts.fps

@@ -32,7 +32,7 @@ from tests.benchmarks.timing import markdown
 
 
 def measure(rows: int, folder: Path) -> dict[str, float]:
-    """Seconds of each part of opening; the second run knows the plan from the first one."""
+    """Seconds of each part of opening, by two runs with the recipe that the cache was made with."""
     wanted = recipe(SIZES["small"][1])
     teacher = Prepared(np.zeros((1, 2, 2, 3), np.uint8), paid=False)
     prompts = []

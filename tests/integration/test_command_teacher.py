@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -144,6 +146,37 @@ def test_programs_can_be_ended_all_at_once(tmp_path: Path) -> None:
         run(f"(sleep 1; touch {tmp_path}/late) & touch {tmp_path}/begun; wait", tmp_path / "a.mp4")
     ending.join()
     time.sleep(1.1)
+    assert not (tmp_path / "late").exists()
+
+
+INTERRUPTED_TWICE = """
+import sys
+from pathlib import Path
+from afd_data.cache import cache_teacher
+from afd_data.config import DataConfig
+from afd_data.prompts import Prompt
+from afd_data.teacher_config import CommandConfig
+from afd_data.teachers.command import Command
+
+folder = Path(sys.argv[1])
+script = f"touch {folder}/begun; sleep 1.5; touch {folder}/late"
+teacher = CommandConfig(argv=("sh", "-c", script, "{output}"))
+recipe = DataConfig(out="unused", prompts={"source": "unused.txt"}, teacher=teacher)
+cache_teacher(recipe, [Prompt("p0", "a ball", "train")], folder / "cache", Command(teacher), progress=False)
+"""
+
+
+@pytest.mark.slow  # starts a process, and sees that its program is gone after the time it would have taken
+def test_ctrl_c_twice_ends_the_programs_too(tmp_path: Path) -> None:
+    run = subprocess.Popen([sys.executable, "-c", INTERRUPTED_TWICE, str(tmp_path)], stderr=subprocess.PIPE)
+    while run.poll() is None and not (tmp_path / "begun").exists():
+        time.sleep(0.01)
+    for _ in range(2):
+        run.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    _, said = run.communicate(timeout=30)
+    assert run.returncode == 130, said.decode()
+    time.sleep(1.6)
     assert not (tmp_path / "late").exists()
 
 

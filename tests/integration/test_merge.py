@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -270,6 +271,22 @@ def test_a_damaged_tar_is_refused(tmp_path):
         merge([tmp_path / "one"], tmp_path / "out", near_duplicate=0)
     assert not (tmp_path / "out" / MERGE).exists()
     assert not list((tmp_path / "out").glob("data/*/*.tar"))
+
+
+@pytest.mark.parametrize("kind", ["mp4", "json"])
+def test_a_member_that_is_not_what_was_sealed_is_refused_before_it_is_read(tmp_path, kind):
+    parts = play_parts(tmp_path / "cache", PLAN)  # two of its videos are twins, so both are looked at
+    for part in parts:
+        (part / JOURNAL).unlink()
+        for path in part.glob("data/*/*.tar"):
+            with tarfile.open(path) as tar, path.open("r+b") as file:
+                for member in tar:
+                    if member.name.endswith(kind):
+                        file.seek(member.offset_data + member.size // 2)
+                        file.write(bytes(4))
+                        file.flush()
+    with pytest.raises(UserError, match=rf"\.{kind} is not what was sealed"):
+        merge(parts, tmp_path / "out", near_duplicate=0)
 
 
 def test_a_cache_with_a_broken_merge_takes_no_run(tmp_path):

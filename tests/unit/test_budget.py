@@ -6,7 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from afd_data.budget import Budget, Streak
+from afd_data.budget import Budget, Streak, highest_cost
+from afd_data.journal import Journal
+from afd_data.plan import Planned
 
 
 def test_without_a_limit_everything_fits():
@@ -69,6 +71,21 @@ def test_threads_together_reserve_no_more_than_the_limit():
     with ThreadPoolExecutor(16) as pool:
         granted = sum(pool.map(lambda _: budget.reserve(), range(200)))
     assert granted == 50
+
+
+def test_the_price_follows_from_what_the_newest_round_cost_in_that_currency(tmp_path):
+    journal = Journal(tmp_path / "journal.sqlite")
+    assert highest_cost(journal, "USD") == 0.0
+    rounds = [[("USD", 5.0)], [("USD", 1.0), ("USD", 2.0), ("EUR", 9.0)]]  # the first one's teacher was dearer
+    for generation, charges in enumerate(rounds):
+        names = [f"{generation}-{number}" for number in range(len(charges))]
+        samples = [Planned(name, generation, "train", "p1", "a ball", 0, 1, name) for name in names]
+        journal.start_round(generation, {}, {}, samples)
+        for row, (currency, cost) in zip(list(journal.rows(states=("planned",))), charges, strict=True):
+            journal.move(row.id, "intent", estimate=0.5, currency=currency)
+            journal.move(row.id, "refused", cost=cost)
+    assert (highest_cost(journal, "USD"), highest_cost(journal, "EUR")) == (2.0, 9.0)
+    journal.close()
 
 
 def test_a_streak_breaks_at_its_limit_and_remembers_the_last_reason():

@@ -127,6 +127,13 @@ def test_a_plan_with_the_digest_of_the_last_one_is_not_read(journal):
     assert journal.plan((planned(1 // zero) for zero in [0]), digest="a") == 0
 
 
+def test_the_digest_that_began_a_round_stands_for_its_samples(tmp_path):
+    journal = Journal(tmp_path / "journal.sqlite")
+    journal.start_round(0, {}, {}, [planned(1), planned(2)], digest="a")
+    assert journal.plan((planned(1 // zero) for zero in [0]), digest="a") == 0
+    journal.close()
+
+
 def test_a_plan_with_another_digest_is_read(journal):
     journal.plan([planned(1), planned(2)], digest="a")
     assert journal.plan([planned(1), planned(2), planned(3)], digest="b") == 1
