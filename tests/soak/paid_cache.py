@@ -202,7 +202,7 @@ MODE_NEVER = tuple(f"mode={mode} " for mode in NEVER_TAKEN)
 class Child:
     """A fork of this process that does `work`."""
 
-    def __init__(self, work: Callable[[], None]) -> None:
+    def __init__(self, work: Callable[[], object]) -> None:
         sys.stdout.flush()
         self.pid = fork(work)
 
