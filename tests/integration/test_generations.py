@@ -58,10 +58,13 @@ class KilledError(Exception):
     """Stands for a kill at this point."""
 
 
+OTHER_RUNS = shutil.ignore_patterns("leases")  # of other tests, on the cache that all share
+
+
 @pytest.fixture
 def cache(playground_cache: Path, tmp_path: Path) -> Path:
     """A cache of the test's own: 12 training and 4 validation prompts."""
-    return Path(shutil.copytree(playground_cache, tmp_path / "cache"))
+    return Path(shutil.copytree(playground_cache, tmp_path / "cache", ignore=OTHER_RUNS))
 
 
 @pytest.fixture
@@ -201,7 +204,7 @@ def killed_once(at: Moments, moment: int | str) -> None:
 def unbroken(tiny_recipe, playground_cache, tmp_path_factory) -> Recipe:
     """AFD while the cache grows twice."""
     folder = tmp_path_factory.mktemp("unbroken")
-    shutil.copytree(playground_cache, folder / "cache")
+    shutil.copytree(playground_cache, folder / "cache", ignore=OTHER_RUNS)
     recipe = tiny_recipe(folder / "run", train=AFD, stream=StreamConfig(folder=str(folder / "cache")))
     with pytest.MonkeyPatch.context() as patch:
         at = at_moments(patch)
