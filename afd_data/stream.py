@@ -101,6 +101,10 @@ class Stream:
             raise UserError(f"{self._reading.folder}: no {self.split} sample {key!r}")
         return self._memory.get(key) or self._memory.put(read_example(self._reading, self.places[key]))
 
+    def takes(self, prompt_id: str) -> Sequence[str]:
+        """Keys of a prompt's samples, sorted; none for a prompt that the split does not have."""
+        return self._by_prompt().get(prompt_id, ())
+
     def decoded(self, key: str) -> Example:
         """One sample with its frames, whatever `decode` says; not kept in memory.  Raises as `example` does."""
         if key not in self.places:
@@ -170,7 +174,8 @@ class Stream:
         self.places, pinned = read_view(self._reading.folder, self.split, view, shown)
         self._reading = replace(self._reading, pinned=pinned)
         self.view, self.first_epoch, self.drawn = view, first_epoch, 0
-        self._order = lru_cache(maxsize=2)(self._epoch_order)
+        self._by_prompt = lru_cache(maxsize=1)(self._keys_by_prompt)
+        self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(self._by_prompt(), self.seed, epoch))
         self._forget_ahead()
         # It goes by key, and a key's video may be another now.
         self._memory = Memory(self._memory.limit_bytes)
@@ -217,11 +222,11 @@ class Stream:
         epoch, position = divmod(number * self.ranks + self.rank, len(self.places))
         return self._order(self.first_epoch + epoch)[position]
 
-    def _epoch_order(self, epoch: int) -> list[str]:
+    def _keys_by_prompt(self) -> dict[str, list[str]]:
         keys_by_prompt: dict[str, list[str]] = {}
-        for place in self.places.values():
-            keys_by_prompt.setdefault(place.prompt_id, []).append(place.key)
-        return epoch_order(keys_by_prompt, self.seed, epoch)
+        for key in self.keys:
+            keys_by_prompt.setdefault(self.places[key].prompt_id, []).append(key)
+        return keys_by_prompt
 
     def _digest(self) -> str:
         lines = (f"{key} {self.places[key].mp4_sha256} {self.places[key].json_sha256}\n" for key in self.keys)

@@ -6,85 +6,15 @@ receives its own section only.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from afd_data.config import DataConfig
 from afd_data.section import Config
+from afd_train.discriminator_config import DiscriminatorConfig, SpaceTimeConfig
+from afd_train.objective_config import ADVERSARIAL, AfdConfig, BranchConfig, ObjectiveConfig
 from afd_train.student_config import StudentConfig
-
-
-class DiscriminatorConfig(Config):
-    """Scores a clip given its prompt; small space-time transformer over latents."""
-
-    name: Literal["spacetime"] = "spacetime"
-    dim: int = Field(default=96, ge=8)
-    heads: int = Field(default=4, ge=1)
-    layers: int = Field(default=2, ge=1)
-    patch: int = Field(default=1, ge=1, description="latent pixels a side of a token")
-    tubelet_frames: int = Field(default=2, ge=1, description="latent frames of a token")
-    learning_rate: float = Field(default=1e-4, gt=0, description="while the student trains")
-    weight_decay: float = Field(default=1e-2, ge=0)
-    input_noise: float = Field(
-        default=0.8, ge=0, description="largest standard deviation of the noise added to its input while it trains"
-    )
-    warmup_steps: int = Field(default=100, ge=0, description="updates on cached base rollouts before the student moves")
-    warmup_learning_rate: float = Field(default=1e-3, gt=0)
-    warmup_prompts: int = Field(default=32, ge=1, description="distinct prompts in a warm-up batch")
-
-    @model_validator(mode="after")
-    def _shapes_fit(self) -> DiscriminatorConfig:
-        if self.dim % self.heads:
-            raise ValueError(f"dim: {self.dim} is not divisible by heads {self.heads}")
-        return self
-
-
-class FlowMatchingConfig(Config):
-    """Teacher-forced flow matching on the cached videos.
-
-    From random weights it is how a base student is born; from a base student it is supervised fine-tuning (SFT).
-    """
-
-    name: Literal["flow-matching"] = "flow-matching"
-
-
-class DistilConfig(Config):
-    """Few-step distillation on the student's own rollouts (distribution matching, as in Self-Forcing)."""
-
-    name: Literal["distil"] = "distil"
-    fake_learning_rate: float = Field(default=4e-4, gt=0, description="of the online score of the student's own videos")
-    fake_updates: int = Field(default=2, ge=1, description="updates of that score for one of the student")
-
-
-class AfdConfig(Config):
-    """Adversarial Flow Distillation (arXiv 2605.26105)."""
-
-    name: Literal["afd"] = "afd"
-    policy_mix: float = Field(
-        default=0.1, gt=0, le=1, description="beta of eq. 4: how far v+ and v- lie from the old policy"
-    )
-    old_policy_schedule: Literal["ema", "copy", "ramp", "late-ramp"] = Field(
-        default="ema",
-        description="decay d of old <- d old + (1 - d) student after step s: ema: old_policy_decay; copy: 0; "
-        "ramp: min(0.001 s, 0.5); late-ramp: 0 for 75 steps, then 0.0075 (s - 75) up to 0.999 (DiffusionNFT's three)",
-    )
-    old_policy_decay: float = Field(default=0.99, ge=0, lt=1, description="of the schedule `ema`")
-    prior_weight: float = Field(
-        default=1e-4, ge=0, description="lambda of eq. 5: pull towards the frozen reference student"
-    )
-    advantage_clip: float = Field(default=5.0, gt=0, description="in global standard deviations")
-    noisings_per_clip: int = Field(
-        default=1, ge=1, description="times and noises drawn for a clip in a step; they share its clean context"
-    )
-    context_gradient: bool = Field(
-        default=False,
-        description="teacher forcing: the clean context carries gradient too; default: detached, as these students "
-        "were distilled, in less memory",
-    )
-    shuffled_advantages: bool = Field(
-        default=False, description="control: shuffle the advantages within each prompt's group"
-    )
 
 
 class FullConfig(Config):
@@ -105,13 +35,10 @@ class LoraConfig(Config):
     )
 
 
-Objective = Annotated[AfdConfig | DistilConfig | FlowMatchingConfig, Field(discriminator="name")]
-
-
 class TrainConfig(Config):
     """One training run: an objective, its budget and its book-keeping."""
 
-    objective: Objective = AfdConfig()
+    objective: ObjectiveConfig = AfdConfig()
     policy: FullConfig | LoraConfig = Field(default=FullConfig(), discriminator="name")
     steps: int = Field(default=200, ge=1, description="updates of the student")
     prompts_per_step: int = Field(default=8, ge=1, description="distinct prompts in a step, over all processes")
@@ -165,9 +92,12 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _groups_have_a_baseline(self) -> TrainConfig:
-        if self.objective.name == "afd" and self.rollouts_per_prompt < 2:
-            raise ValueError("rollouts_per_prompt: afd compares rollouts of one prompt and needs at least 2")
-        if self.objective.name == "afd" and self.objective.context_gradient and self.chunk_by_chunk:
+        grouped = isinstance(self.objective, AfdConfig | BranchConfig)
+        if grouped and self.rollouts_per_prompt < 2:
+            raise ValueError(
+                f"rollouts_per_prompt: {self.objective.name} compares rollouts of one prompt and needs at least 2"
+            )
+        if isinstance(self.objective, AfdConfig) and self.objective.context_gradient and self.chunk_by_chunk:
             raise ValueError(
                 "chunk_by_chunk: a context that carries gradient is computed with its clip; set "
                 "train.objective.context_gradient=false"
@@ -204,7 +134,7 @@ class Recipe(DataConfig):
     """One experiment: the same file serves every command."""
 
     student: StudentConfig = StudentConfig()
-    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    discriminator: DiscriminatorConfig = SpaceTimeConfig()
     pretrain: tuple[TrainConfig, ...] = Field(
         default=(), description="runs before `train`, each starting from the student of the one before"
     )
@@ -217,16 +147,20 @@ class Recipe(DataConfig):
         if problem := self.student.problem_with(self.video):
             raise ValueError(problem)
         shape = self.student.latent_shape(self.video)
-        if shape.frames % self.discriminator.tubelet_frames:
+        runs = (*self.pretrain, self.train)
+        if any(run.objective.name in ADVERSARIAL for run in runs) and (
+            problem := self.discriminator.problem_with(shape, self.student.chunk_frames)
+        ):
+            raise ValueError(f"discriminator.{problem}")
+        if not self.discriminator.per_chunk and any(_wants_chunks(run.objective) for run in runs):
             raise ValueError(
-                f"discriminator.tubelet_frames: {self.discriminator.tubelet_frames} does not divide the "
-                f"{shape.frames} latent frames of a clip"
-            )
-        if shape.width % self.discriminator.patch or shape.height % self.discriminator.patch:
-            raise ValueError(
-                f"discriminator.patch: {self.discriminator.patch} does not divide the {shape.width} x {shape.height} "
-                "latent pixels of a clip"
+                "discriminator.name: this objective weighs chunks one by one and needs a discriminator that scores "
+                "them: spacetime with chunk_causal=true"
             )
         if "lora" in self.export.formats and self.train.policy.name != "lora":
             raise ValueError("export.formats: lora needs train.policy.name=lora; all weights are trained here")
         return self
+
+
+def _wants_chunks(objective: ObjectiveConfig) -> bool:
+    return isinstance(objective, BranchConfig) or (isinstance(objective, AfdConfig) and objective.credit != "video")

@@ -5,6 +5,7 @@ Equation numbers are those of the AFD paper (arXiv 2605.26105).  Clips are [B, F
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,13 +15,48 @@ def per_clip_mse(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).square().flatten(1).mean(1)
 
 
-def bradley_terry_loss(teacher_score: Tensor, student_score: Tensor) -> Tensor:
+def bradley_terry_loss(teacher_score: Tensor, student_score: Tensor, weight: Tensor | None = None) -> Tensor:
     """-log P(the teacher's clip beats the student's) under Bradley-Terry (eq. 1).
 
-    teacher_score, student_score: [B], paired by prompt -> scalar.  Equal scores give ln 2.  At the optimum a score
-    is the log density ratio of teacher to student (eq. 10), which is what makes it a usable advantage.
+    teacher_score, student_score: [B], paired by prompt; weight: [B], of each pair -> scalar.  Equal scores give ln 2.
+    At the optimum a score is the log density ratio of teacher to student (eq. 10), which is what makes it a usable
+    advantage.
     """
-    return F.softplus(student_score - teacher_score).mean()
+    return _weighted(F.softplus(student_score - teacher_score), weight)
+
+
+def chunk_bradley_terry_loss(teacher_score: Tensor, student_score: Tensor, weight: Tensor | None = None) -> Tensor:
+    """`bradley_terry_loss` of every chunk, averaged over chunks.  Scores: [B, chunks]; weight: [B] -> scalar."""
+    return _weighted(F.softplus(student_score - teacher_score).mean(1), weight)
+
+
+def logistic_loss(teacher_score: Tensor, student_score: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The loss of a GAN's discriminator, each clip against 0 and not against its pair.
+
+    Scores: [B]; weight: [B], of each teacher's clip -> scalar.  Scores of 0 give 2 ln 2.
+    """
+    return _weighted(F.softplus(-teacher_score), weight) + F.softplus(student_score).mean()
+
+
+def finite_difference_penalty(score: Tensor, moved_score: Tensor, step: float) -> Tensor:
+    """R1 without a second derivative: (D(x + step e) - D(x))^2 / (2 step^2), e standard normal; [B], [B] -> scalar.
+
+    Its expectation over e is |dD/dx|^2 / 2 to first order in `step` (R1: arXiv 1801.04406).
+    """
+    return 0.5 * ((moved_score - score) / step).square().mean()
+
+
+def confidence_weight(teacher_score: Tensor, student_score: Tensor, takes: int, temperature: float) -> Tensor:
+    """How far a teacher's clip is to be trusted: 2 sigmoid((its score - mean of its prompt's rollouts) / temperature).
+
+    Scores: [P takes], paired -> [P takes] in (0, 2), without gradient; 1 where a clip is as good as the rollouts.
+    """
+    gap = (teacher_score - student_score).detach().unflatten(0, (-1, takes)).mean(1)
+    return (2 * torch.sigmoid(gap / temperature)).repeat_interleave(takes)
+
+
+def _weighted(losses: Tensor, weight: Tensor | None) -> Tensor:
+    return losses.mean() if weight is None else (weight * losses).mean()
 
 
 def forward_process_loss(

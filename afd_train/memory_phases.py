@@ -6,8 +6,9 @@ and float32, low ranks and none); all else follows from shapes.
 
 from __future__ import annotations
 
-from afd_train.config import AfdConfig, LoraConfig, Recipe, StudentConfig, TrainConfig
+from afd_train.config import LoraConfig, Recipe, StudentConfig, TrainConfig
 from afd_train.memory_parts import DTYPE_BYTES, FLOAT32, Load, Part, sharded_part, trained, weight_bytes
+from afd_train.objective_config import AfdConfig
 
 
 def phases(recipe: Recipe, run: TrainConfig, load: Load) -> dict[str, list[Part]]:

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from afd_data.errors import UserError
 from afd_train.config import DiscriminatorConfig, TrainConfig
+from afd_train.objective_config import ADVERSARIAL
 from afd_train.students.causal_wan import CausalWan
 
 PATIENCE = timedelta(hours=6)  # of a process that waits, such as for the first one to cache the teacher's videos
@@ -163,7 +164,7 @@ class Processes:
 def check_processes(config: TrainConfig, discriminator: DiscriminatorConfig, processes: Processes) -> None:
     """Raises UserError where the work of a step cannot be dealt to the processes."""
     shared = {"train.prompts_per_step": config.prompts_per_step}
-    if config.objective.name == "afd":
+    if config.objective.name in ADVERSARIAL:
         shared |= {
             "train.held_out_per_step": config.held_out_per_step,
             "discriminator.warmup_prompts": discriminator.warmup_prompts,

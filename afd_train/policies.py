@@ -15,7 +15,8 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from afd_train.config import AfdConfig, LoraConfig, TrainConfig
+from afd_train.config import LoraConfig, TrainConfig
+from afd_train.objective_config import AfdConfig
 from afd_train.optimizer import Optimizer, learning_rate_factor
 from afd_train.parallel import Processes
 from afd_train.students.causal_wan import CausalWan

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from afd_data.config import CacheConfig, PlaygroundConfig, PromptsConfig, StreamConfig, VideoConfig
-from afd_train.config import DiscriminatorConfig, Recipe, StudentConfig
+from afd_train.config import Recipe, SpaceTimeConfig, StudentConfig
 from tests.hub_server import HubServer, connect, serving
 from tests.provider import Provider
 from tests.provider import serving as serving_provider
@@ -74,7 +74,7 @@ def tiny_recipe(playground_cache: Path) -> Callable[..., Recipe]:
             out=str(out),
             teacher=PlaygroundConfig(),
             student=StudentConfig(**(STUDENT | (student or {}))),
-            discriminator=DiscriminatorConfig(**(DISCRIMINATOR | (discriminator or {}))),
+            discriminator=SpaceTimeConfig(**(DISCRIMINATOR | (discriminator or {}))),
             **(settings | sections),
         )
 

@@ -17,9 +17,19 @@ from torch import Tensor, nn
 
 from afd_data.stream import Example, Stream
 from afd_train.conditioning import LatentCache
-from afd_train.config import AfdConfig, DiscriminatorConfig, DistilConfig, FlowMatchingConfig, TrainConfig
+from afd_train.config import DiscriminatorConfig, TrainConfig
 from afd_train.draws import Draws, generator
 from afd_train.margins import Margins
+from afd_train.objective_config import (
+    AfdConfig,
+    BranchConfig,
+    DistilConfig,
+    DmdConfig,
+    FlowMatchingConfig,
+    GanConfig,
+    ObjectiveConfig,
+    SftConfig,
+)
 from afd_train.optimizer import Optimizer
 from afd_train.parallel import Processes
 from afd_train.policies import Policy, Trainee
@@ -103,9 +113,16 @@ class Objective(Protocol):
         ...
 
 
-def policies_of(objective: AfdConfig | DistilConfig | FlowMatchingConfig) -> tuple[Policy, ...]:
+def policies_of(objective: ObjectiveConfig) -> tuple[Policy, ...]:
     """The policies that it compares the student with."""
-    return ("old", "reference") if isinstance(objective, AfdConfig) else ()
+    match objective:
+        case AfdConfig() | BranchConfig():
+            return ("old", "reference")
+        case GanConfig():
+            return ("reference",)
+        case SftConfig(prior_weight=weight) if weight:
+            return ("reference",)
+    return ()
 
 
 def open_objective(setup: Setup) -> Objective:
@@ -115,6 +132,22 @@ def open_objective(setup: Setup) -> Objective:
             from afd_train.objectives.afd import AdversarialFlowDistillation
 
             return AdversarialFlowDistillation(setup, config)
+        case BranchConfig() as config:
+            from afd_train.objectives.branch import BranchedFlowDistillation
+
+            return BranchedFlowDistillation(setup, config)
+        case SftConfig() as config:
+            from afd_train.objectives.sft import SupervisedFineTuning
+
+            return SupervisedFineTuning(setup, config)
+        case GanConfig() as config:
+            from afd_train.objectives.gan import Adversarial
+
+            return Adversarial(setup, config)
+        case DmdConfig() as config:
+            from afd_train.objectives.dmd import DistributionMatching
+
+            return DistributionMatching(setup, config)
         case DistilConfig() as config:
             from afd_train.objectives.distil import Distillation
 

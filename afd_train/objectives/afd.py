@@ -14,7 +14,7 @@ from torch import Tensor
 
 from afd_data.stream import Example
 from afd_train.advantages import group_advantages, shuffled, weights_from_advantages
-from afd_train.config import AfdConfig
+from afd_train.objective_config import AfdConfig
 from afd_train.objectives import Metrics, Setup
 from afd_train.objectives.forward_process import ForwardProcess, Step
 from afd_train.objectives.judge import Judge, told_apart
@@ -66,10 +66,10 @@ class AdversarialFlowDistillation:
         drawn = Step.drawn(self._setup, examples, step)
         rate = self._setup.discriminator.learning_rate
         metrics = self._judge.learn(examples, drawn.clips, step, rate)
-        teacher, student = self._judge.score(examples, drawn.clips)  # the updated one
+        teacher, student = self._judge.score(examples, drawn.clips, step)  # the updated one
         metrics |= told_apart("clean_", teacher, student)
-        scores = student.unflatten(0, (len(examples), drawn.takes))
-        behind = (teacher - student).unflatten(0, scores.shape).mean(1)
+        scores = student.mean(1).unflatten(0, (len(examples), drawn.takes))
+        behind = (teacher - student).mean(1).unflatten(0, scores.shape).mean(1)
         self._setup.margins.add(examples, behind, step, self._setup.processes)
         metrics["advantage/spread"] = float(scores.std(1).mean())
         weight = weights_from_advantages(
@@ -97,7 +97,7 @@ class AdversarialFlowDistillation:
         examples = setup.held_out.next_batch(wanted // setup.processes.count)
         parts = parts_of(len(examples), 1, setup.config.clips_per_pass)
         clips = torch.cat([setup.rollout(examples[part.prompts], step, part.takes).clips for part in parts])
-        return told_apart("held_out_", *self._judge.score(examples, clips))
+        return told_apart("held_out_", *self._judge.score(examples, clips, step))
 
 
 def histogram(weight: Tensor) -> Metrics:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from afd_data.errors import UserError
 from afd_data.stream import Example
-from afd_train.config import DistilConfig
 from afd_train.draws import Draws
 from afd_train.flow import clean_from_velocity, noised
 from afd_train.losses import distribution_matching_loss
+from afd_train.objective_config import DistilConfig
 from afd_train.objectives import Metrics, Setup
 from afd_train.objectives.flow_matching import chunk_times, teacher_forced_loss
 from afd_train.policies import frozen_copy

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from afd_data.stream import Example
-from afd_train.config import AfdConfig
 from afd_train.flow import noised, velocity
 from afd_train.losses import forward_process_loss, per_clip_mse, prior_loss
+from afd_train.objective_config import AfdConfig
 from afd_train.objectives import Metrics, Setup
 from afd_train.objectives.parts import Part, parts_of
 from afd_train.policies import Policy

@@ -1,22 +1,44 @@
-"""The discriminator's side of AFD: a prompt-paired Bradley-Terry step (eq. 1), and scores of clean clips.
+"""The discriminator's side of the adversarial objectives: a step on pairs of one prompt (eq. 1), and scores of clips.
 
-Both sides are latents of 8-bit video: the teacher's were decoded from a file, the student's make the same trip
-(`Autoencoder.round_trip`).
+Both sides go the same way into the discriminator's space.  Latents are those of 8-bit video: the teacher's were
+decoded from a file, the student's make the same trip (`Autoencoder.round_trip`).  Pixels are decoded from latents, for
+the teacher too, whose clips the autoencoder has then seen as often as the student's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from afd_data.errors import UserError
 from afd_data.stream import Example
-from afd_train.discriminators import new_discriminator
+from afd_train.discriminators import Prompts, open_discriminator
 from afd_train.draws import Draws
-from afd_train.losses import bradley_terry_loss
+from afd_train.losses import (
+    bradley_terry_loss,
+    chunk_bradley_terry_loss,
+    confidence_weight,
+    finite_difference_penalty,
+    logistic_loss,
+)
 from afd_train.objectives import Metrics, Setup
 from afd_train.objectives.parts import Part, parts_of
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Scores of a part's clips, [n, S] each, S = 1 or chunks; row i of both is a pair of one prompt.
+
+    `moved`: the teacher's clips again, a small random step away, where the loss asks for it.
+    """
+
+    teacher: Tensor
+    student: Tensor
+    takes: int
+    moved: Tensor | None = None
 
 
 class Judge:
@@ -25,48 +47,109 @@ class Judge:
     def __init__(self, setup: Setup):
         self._setup = setup
         self._config = setup.discriminator
-        self.net = new_discriminator(setup.discriminator, setup.student, setup.seed).to(setup.student.device)
+        self.net = open_discriminator(setup.discriminator, setup.student, setup.seed).to(setup.student.device)
         self.optimizer = setup.optimizer(self.net, setup.discriminator.weight_decay, betas=(0.5, 0.99))
 
     def learn(self, examples: Sequence[Example], rollouts: Tensor, step: int, rate: float) -> Metrics:
         """One step on pairs of a rollout, [P K, F, C, h, w], and the teacher's video of its prompt."""
-        teacher_scores, student_scores, loss_sum = [], [], 0.0
+        found: list[Pairs] = []
+        loss_sum = 0.0
         with self._setup.watch("discriminator"):
-            for teacher, student in self._pairs(examples, rollouts, step):
-                loss = bradley_terry_loss(teacher, student) * len(student) / len(rollouts)
+            for pairs in self._pairs(examples, rollouts, step, noisy=True):
+                loss = self._loss(pairs) * len(pairs.student) / len(rollouts)
                 self.optimizer.accumulate(loss)
                 loss_sum += float(loss.detach())
-                teacher_scores.append(teacher.detach())
-                student_scores.append(student.detach())
+                found.append(Pairs(pairs.teacher.detach(), pairs.student.detach(), pairs.takes))
             norm = self.optimizer.step(rate)
         return {
             "discriminator/loss": loss_sum,
             "discriminator/grad_norm": norm,
-            **told_apart("", torch.cat(teacher_scores), torch.cat(student_scores)),
+            **told_apart(
+                "", *(torch.cat([getattr(pairs, side) for pairs in found]) for side in ("teacher", "student"))
+            ),
         }
 
     @torch.no_grad()
-    def score(self, examples: Sequence[Example], rollouts: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores of the teacher's and the student's clips without input noise, paired: [P K] each."""
+    def score(self, examples: Sequence[Example], rollouts: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Scores of the teacher's and the student's clips without input noise, paired: [P K, S] each."""
         with self._setup.watch("discriminator"):
-            teacher, student = zip(*self._pairs(examples, rollouts, None), strict=True)
-        return torch.cat(teacher), torch.cat(student)
+            pairs = list(self._pairs(examples, rollouts, step, noisy=False))
+        return torch.cat([part.teacher for part in pairs]), torch.cat([part.student for part in pairs])
 
-    def _pairs(
-        self, examples: Sequence[Example], rollouts: Tensor, step: int | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Scores of teacher and student, paired, part by part; with a `step` its input noise is added."""
+    def _loss(self, pairs: Pairs) -> Tensor:
+        config = self._config
+        teacher, student = pairs.teacher.mean(1), pairs.student.mean(1)
+        weight = None
+        if config.confidence is not None:
+            weight = confidence_weight(teacher, student, pairs.takes, config.confidence)
+        match config.loss:
+            case "bt":
+                loss = bradley_terry_loss(teacher, student, weight)
+            case "bt-chunk":
+                loss = bradley_terry_loss(teacher, student, weight)
+                loss = loss + config.chunk_loss_weight * chunk_bradley_terry_loss(pairs.teacher, pairs.student, weight)
+            case "logistic":
+                loss = logistic_loss(teacher, student, weight)
+        if pairs.moved is None:
+            return loss
+        return loss + config.r1_weight * finite_difference_penalty(teacher, pairs.moved.mean(1), config.r1_step)
+
+    def _pairs(self, examples: Sequence[Example], rollouts: Tensor, step: int, noisy: bool) -> Iterator[Pairs]:
+        """Scores of teacher and student, paired, part by part; with the input noise of `step` where it is asked for."""
         setup, takes = self._setup, len(rollouts) // len(examples)
         teacher, text = setup.latents(examples), setup.text(examples)
+        reference = setup.latents(self._others(examples, step)) if self._config.references else None
         for part in parts_of(len(examples), takes, setup.config.clips_per_pass):
-            student = setup.student.autoencoder.round_trip(rollouts[part.rows])
-            clips = torch.cat([teacher[part.prompts], student])
-            prompt = torch.arange(len(clips) - len(student))
-            group = torch.cat([prompt, prompt.repeat_interleave(len(part.takes))])
-            if step is not None:
-                clips = clips + self._noise(examples[part.prompts], part, step, clips.shape, group)
-            scores = self.net(clips, text[part.prompts][group])
-            yield scores[: len(prompt)].repeat_interleave(len(part.takes)), scores[len(prompt) :]
+            some, count = examples[part.prompts], len(part.takes)
+            group = list(range(len(some)))
+            group += [prompt for prompt in range(len(some)) for _ in range(count)]
+            clips = torch.cat([self._own_space(teacher[part.prompts]), self._own_space(rollouts[part.rows], True)])
+            if noisy:
+                clips = clips + self._noise(some, part, step, clips.shape, torch.tensor(group))
+            prompts = Prompts([example.prompt for example in some], text[part.prompts]).of(group)
+            beside = None if reference is None else self._own_space(reference[part.prompts])[group]
+            scores = self.net(clips, prompts, beside)
+            moved = self._moved(clips[: len(some)], prompts, beside, some, step) if noisy else None
+            yield Pairs(
+                scores[: len(some)].repeat_interleave(count, 0),
+                scores[len(some) :],
+                count,
+                None if moved is None else moved.repeat_interleave(count, 0),
+            )
+
+    def _own_space(self, latents: Tensor, drawn: bool = False) -> Tensor:
+        """Clips in the discriminator's space; `drawn`: by the student, so that they have seen no 8-bit video yet."""
+        autoencoder = self._setup.student.autoencoder
+        if self.net.space == "latents":
+            return autoencoder.round_trip(latents) if drawn else latents
+        return autoencoder.decode(latents).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+
+    def _moved(
+        self, teacher: Tensor, prompts: Prompts, beside: Tensor | None, examples: Sequence[Example], step: int
+    ) -> Tensor | None:
+        """Scores of the teacher's clips after a random step; None without such a penalty."""
+        if not self._config.r1_weight:
+            return None
+        count = len(teacher)
+        direction = self._setup.draws(step, "finite difference", examples).normal(*teacher.shape[1:])
+        near = teacher + self._config.r1_step * direction
+        return self.net(near, prompts.of(range(count)), None if beside is None else beside[:count])
+
+    def _others(self, examples: Sequence[Example], step: int) -> list[Example]:
+        """For each example another take of its prompt.  Raises UserError where there is none."""
+        setup, found = self._setup, []
+        draws = setup.draws(step, "reference", examples).uniform().tolist()
+        for example, draw in zip(examples, draws, strict=True):
+            held_out = setup.held_out is not None and example.split == setup.held_out.split
+            stream = setup.held_out if held_out and setup.held_out else setup.stream
+            others = [key for key in stream.takes(example.prompt_id) if key != example.key]
+            if not others:
+                raise UserError(
+                    f"discriminator.reference: prompt {example.prompt!r} has one video only, and a second take is to "
+                    "stand beside it. Cache more (cache.takes and cache.eval_takes >= 2), or set it to false."
+                )
+            found.append(stream.example(others[int(draw * len(others))]))
+        return found
 
     def _noise(self, examples: Sequence[Example], part: Part, step: int, shape: Sequence[int], group: Tensor) -> Tensor:
         setup = self._setup
@@ -76,10 +159,11 @@ class Judge:
 
 
 def told_apart(which: str, teacher: Tensor, student: Tensor) -> Metrics:
-    """Log entries: share of pairs in which the teacher's clip wins, and by how much on average.  Scores: [B] each."""
+    """Log entries: share of pairs in which the teacher's clip wins, and by how much on average.  Scores: [B, S]."""
+    gap = teacher.mean(1) - student.mean(1)
     return {
-        f"discriminator/{which}accuracy": float((teacher > student).float().mean()),
-        f"discriminator/{which}margin": float((teacher - student).detach().mean()),
+        f"discriminator/{which}accuracy": float((gap > 0).float().mean()),
+        f"discriminator/{which}margin": float(gap.mean()),
     }
 
 

@@ -33,7 +33,8 @@ from afd_data.pruning import prune
 from afd_data.shards import read_manifest
 from afd_data.stream import Stream
 from afd_train import trainer
-from afd_train.config import AfdConfig, FlowMatchingConfig, Recipe, TrainConfig
+from afd_train.config import Recipe, TrainConfig
+from afd_train.objective_config import AfdConfig, FlowMatchingConfig
 from afd_train.runlog import read_metrics
 from afd_train.runs import stream_folder, train_folder
 from afd_train.trainer import train

@@ -13,7 +13,8 @@ from afd_data.config import PromptsConfig, StreamConfig
 from afd_data.errors import UserError
 from afd_data.files import one_writer
 from afd_data.video import probe
-from afd_train.config import AfdConfig, DistilConfig, FlowMatchingConfig, Recipe, TrainConfig
+from afd_train.config import Recipe, TrainConfig
+from afd_train.objective_config import AfdConfig, DistilConfig, FlowMatchingConfig
 from afd_train.runlog import read_metrics
 from afd_train.runs import train_folder
 from afd_train.students.folder import open_student

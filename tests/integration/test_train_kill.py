@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from afd_train.config import AfdConfig, FlowMatchingConfig, Recipe, TrainConfig
+from afd_train.config import Recipe, TrainConfig
+from afd_train.objective_config import AfdConfig, FlowMatchingConfig
 from afd_train.runs import train_folder
 
 BOOKS: dict[str, Any] = {

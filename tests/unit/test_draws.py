@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from afd_train.config import FlowMatchingConfig
 from afd_train.draws import Draws, generator
+from afd_train.objective_config import FlowMatchingConfig
 
 CPU = torch.device("cpu")
 

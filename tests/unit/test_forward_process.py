@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from afd_train import draws
-from afd_train.config import AfdConfig, LoraConfig
+from afd_train.config import LoraConfig
 from afd_train.flow import nearest_time, noised, velocity
 from afd_train.losses import forward_process_loss, prior_loss
+from afd_train.objective_config import AfdConfig
 from afd_train.objectives import Metrics, Setup
 from afd_train.objectives.forward_process import ForwardProcess, Step
 from afd_train.policies import Trainee

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from afd_data.config import FolderConfig, PromptsConfig, VideoConfig
-from afd_train.config import DiscriminatorConfig, LoraConfig, Recipe, StudentConfig, TrainConfig
+from afd_train.config import LoraConfig, Recipe, SpaceTimeConfig, StudentConfig, TrainConfig
 from afd_train.memory import GIB, advice, estimate, missing, table, total
 from afd_train.memory_parts import Load, adapter_count, parameter_count, weights
 from afd_train.memory_phases import keys_and_values, update
@@ -27,7 +27,7 @@ def recipe_of(student: dict[str, Any] | None = None, **train: Any) -> Recipe:
         prompts=PromptsConfig(source="teacher"),
         teacher=FolderConfig(path="clips"),
         student=StudentConfig.model_validate({"preset": "self-forcing"} | (student or {})),
-        discriminator=DiscriminatorConfig(patch=4, tubelet_frames=3),
+        discriminator=SpaceTimeConfig(patch=4, tubelet_frames=3),
         train=TrainConfig.model_validate(train),
     )
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from afd_data.stream import Example
 from afd_train.advantages import weights_from_advantages
-from afd_train.config import AfdConfig, DistilConfig, FlowMatchingConfig
 from afd_train.draws import Draws
+from afd_train.objective_config import AfdConfig, DistilConfig, FlowMatchingConfig
 from afd_train.objectives import Setup, open_objective, policies_of
 from afd_train.objectives.afd import AdversarialFlowDistillation, histogram
 from afd_train.objectives.flow_matching import chunk_times, frame_weight
@@ -262,7 +262,7 @@ def test_both_sides_reach_the_discriminator_as_8_bit_video(setup_of):
     seen: list[Tensor] = []
     judge.net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     rollouts = setup.rollout(examples, 0, range(1)).clips
-    judge.score(examples, rollouts)
+    judge.score(examples, rollouts, 0)
     assert torch.equal(setup.student.autoencoder.round_trip(seen[0]), seen[0])
     assert torch.equal(seen[0][:PROMPTS], setup.latents(examples))
     assert not torch.equal(seen[0][PROMPTS:], rollouts)
@@ -289,9 +289,9 @@ def test_the_clips_of_a_prompt_meet_the_discriminator_under_one_level_of_noise_f
 def test_every_rollout_meets_the_teachers_video_of_its_own_prompt(setup_of):
     setup = setup_of(AfdConfig())
     judge, examples = Judge(setup), prompts_of(setup)
-    single, _ = judge.score(examples, setup.latents(examples))
-    paired, other = judge.score(examples, setup.latents(examples).repeat_interleave(TAKES, 0))
-    torch.testing.assert_close(paired, single.repeat_interleave(TAKES), rtol=0, atol=1e-6)
+    single, _ = judge.score(examples, setup.latents(examples), 0)
+    paired, other = judge.score(examples, setup.latents(examples).repeat_interleave(TAKES, 0), 0)
+    torch.testing.assert_close(paired, single.repeat_interleave(TAKES, 0), rtol=0, atol=1e-6)
     torch.testing.assert_close(paired, other, rtol=0, atol=1e-6)
 
 
@@ -300,9 +300,9 @@ def test_scores_do_not_depend_on_how_many_clips_are_scored_at_once(setup_of, per
     setup = setup_of(AfdConfig())
     judge, examples = Judge(setup), prompts_of(setup)
     rollouts = setup.rollout(examples, 0, range(TAKES)).clips
-    whole = judge.score(examples, rollouts)
+    whole = judge.score(examples, rollouts, 0)
     setup.config = setup.config.model_copy(update={"clips_per_pass": per_pass})
-    torch.testing.assert_close(judge.score(examples, rollouts), whole, rtol=0, atol=1e-5)
+    torch.testing.assert_close(judge.score(examples, rollouts, 0), whole, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("per_pass", [1, 2, 3, 5, 8])

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from afd_train.config import AfdConfig, FlowMatchingConfig, FullConfig, LoraConfig, TrainConfig
+from afd_train.config import FullConfig, LoraConfig, TrainConfig
+from afd_train.objective_config import AfdConfig, FlowMatchingConfig
 from afd_train.optimizer import Optimizer, learning_rate_factor
 from afd_train.parallel import Processes, open_accelerator
 from afd_train.policies import Policy, Trainee, frozen_copy, lora_targets, old_policy_decay, plain_state

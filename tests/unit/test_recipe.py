@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from afd_data.errors import UserError
-from afd_train.config import AfdConfig, DistilConfig, FlowMatchingConfig
 from afd_train.dry_run import recipe_text
+from afd_train.objective_config import AfdConfig, DistilConfig, FlowMatchingConfig
 from afd_train.recipe import load_recipe, read_recipe, shipped_recipes
 
 BASE = """\
