@@ -18,11 +18,10 @@ from afd_train.objective_config import AfdConfig
 from afd_train.objectives import Metrics, Setup
 from afd_train.objectives.forward_process import ForwardProcess, Step
 from afd_train.objectives.judge import Judge, told_apart
-from afd_train.objectives.parts import parts_of
+from afd_train.objectives.warmup import held_out, warm_up
 from afd_train.policies import old_policy_decay
 
 HISTOGRAM = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0)  # bins of the weights in the log
-WARMUP_TAKES = 4  # rollouts of a prompt that the warm-up chooses from
 
 
 class AdversarialFlowDistillation:
@@ -37,29 +36,8 @@ class AdversarialFlowDistillation:
         self.optimizers = {"discriminator": self._judge.optimizer}
 
     def prepare(self, log: Callable[[int, Metrics], None]) -> None:
-        """Warm the discriminator up on base rollouts, drawn once a prompt (steps -warmup_steps .. -1)."""
-        setup, config = self._setup, self._setup.discriminator
-        drawn: dict[tuple[str, int], Tensor] = {}  # (prompt id, take) -> [F, C, H, W], in the CPU's memory
-        for index in range(config.warmup_steps):
-            step = index - config.warmup_steps
-            examples = setup.stream.next_batch(config.warmup_prompts // setup.processes.count)
-            takes = setup.draws(step, "warm-up", examples).integers(WARMUP_TAKES).tolist()
-            for take in range(WARMUP_TAKES):
-                self._draw([e for e, chosen in zip(examples, takes, strict=True) if chosen == take], take, drawn)
-            clips = torch.stack([drawn[e.prompt_id, take] for e, take in zip(examples, takes, strict=True)])
-            metrics = self._judge.learn(examples, clips.to(setup.student.device), step, config.warmup_learning_rate)
-            log(step, setup.processes.mean(metrics | self._held_out(step)))
-
-    def _draw(self, examples: Sequence[Example], take: int, drawn: dict[tuple[str, int], Tensor]) -> None:
-        """Add this take of the base's rollouts where it is not in `drawn` yet."""
-        setup = self._setup
-        new = [example for example in examples if (example.prompt_id, take) not in drawn]
-        # Sharded processes gather weights together, so all of them draw, and as much, if any has to.
-        if lacking := setup.processes.largest(len(new)) - len(new):
-            new += [setup.stream.example(setup.stream.keys[0])] * lacking
-        for part in parts_of(len(new), 1, setup.config.clips_per_pass) if new else ():
-            clips = setup.rollout(new[part.prompts], -1, range(take, take + 1)).clips.cpu()
-            drawn |= {(e.prompt_id, take): clip for e, clip in zip(new[part.prompts], clips, strict=True)}
+        """Warm the discriminator up."""
+        warm_up(self._setup, self._judge, log)
 
     def step(self, examples: Sequence[Example], step: int) -> Metrics:
         """One update of the discriminator and one of the student on K rollouts of every prompt."""
@@ -78,7 +56,7 @@ class AdversarialFlowDistillation:
         with self._setup.watch("update"):
             metrics |= self._forward_process.update(drawn, weight)
         self._setup.trainee.follow("old", old_policy_decay(self._config, step + 1))
-        return metrics | histogram(weight) | self._held_out(step)
+        return metrics | histogram(weight) | held_out(self._setup, self._judge, step)
 
     def _advantages(self, examples: Sequence[Example], scores: Tensor, step: int) -> Tensor:
         """Eq. 2: [P, K] -> [P, K], with the standard deviation over the groups of all processes."""
@@ -87,17 +65,6 @@ class AdversarialFlowDistillation:
         if self._config.shuffled_advantages:
             return shuffled(advantages, self._setup.draws(step, "shuffle", examples).uniform(scores.shape[1]))
         return advantages
-
-    @torch.no_grad()
-    def _held_out(self, step: int) -> Metrics:
-        """The discriminator's accuracy and margin on prompts that no training step uses."""
-        setup, wanted = self._setup, self._setup.config.held_out_per_step
-        if setup.held_out is None or wanted == 0:
-            return {}
-        examples = setup.held_out.next_batch(wanted // setup.processes.count)
-        parts = parts_of(len(examples), 1, setup.config.clips_per_pass)
-        clips = torch.cat([setup.rollout(examples[part.prompts], step, part.takes).clips for part in parts])
-        return told_apart("held_out_", *self._judge.score(examples, clips, step))
 
 
 def histogram(weight: Tensor) -> Metrics:

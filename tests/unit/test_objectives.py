@@ -271,7 +271,7 @@ def test_both_sides_reach_the_discriminator_as_8_bit_video(setup_of):
 def test_the_teachers_own_videos_score_like_the_teacher(setup_of):
     setup = setup_of(AfdConfig())
     examples = prompts_of(setup)
-    teacher, student = Judge(setup).score(examples, setup.latents(examples))
+    teacher, student = Judge(setup).score(examples, setup.latents(examples), 0)
     torch.testing.assert_close(teacher, student, rtol=0, atol=1e-6)
 
 
@@ -359,7 +359,7 @@ def test_the_shuffled_control_gives_the_same_advantages_to_other_rollouts(setup_
         setup = setup_of(AfdConfig(shuffled_advantages=control))
         objective = opened(setup)
         examples = prompts_of(setup)
-        _, scores = objective._judge.score(examples, setup.rollout(examples, 0, range(TAKES)).clips)
+        _, scores = objective._judge.score(examples, setup.rollout(examples, 0, range(TAKES)).clips, 0)
         found.append(objective._advantages(examples, scores.unflatten(0, (PROMPTS, TAKES)), step=0))
     plain, control = found
     assert not torch.equal(plain, control)
