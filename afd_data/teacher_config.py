@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from afd_data.section import Config
 
@@ -46,6 +46,22 @@ class FlawsConfig(Config):
     vanish: float = Field(
         default=0.0, ge=0, le=1, description="share of videos in which a body disappears for some frames"
     )
+    share: float = Field(
+        default=1.0, ge=0, le=1, description="share of videos that have flaws at all; the others are exact"
+    )
+
+
+class StyleConfig(Config):
+    """How the playground renders, which says nothing of how things move."""
+
+    tint: tuple[float, float, float] = Field(default=(1.0, 1.0, 1.0), description="factors of red, green and blue")
+    dim: float = Field(default=0.0, ge=0, le=1, description="how far bodies' colours are taken towards the background")
+
+    @model_validator(mode="after")
+    def _tints_are_factors(self) -> StyleConfig:
+        if any(not 0 <= factor <= 2 for factor in self.tint):
+            raise ValueError(f"tint: {list(self.tint)} must be factors in [0, 2]")
+        return self
 
 
 class PlaygroundConfig(Config):
@@ -53,6 +69,11 @@ class PlaygroundConfig(Config):
 
     name: Literal["playground"] = "playground"
     flaws: FlawsConfig = FlawsConfig()
+    style: StyleConfig = StyleConfig()
+    determined: bool = Field(
+        default=False,
+        description="the prompt fixes the whole video: starts in the middle of their range, a smooth floor",
+    )
 
 
 class FolderConfig(Adaptation, Terms):

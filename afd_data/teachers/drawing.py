@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from afd_data.teacher_config import StyleConfig
 from afd_data.teachers.scene import BACKGROUND, UNITS, WALL_COLOUR, Scene
 
 Rectangle = tuple[float, float, float, float]  # left, bottom, right, top in units
@@ -80,6 +81,14 @@ def draw(
                 _paint(picture, back, covers[frame], corners[frame], body.rgb)
         frames[frame] = np.clip(np.rint(picture), 0, 255)
     return frames
+
+
+def styled(frames: np.ndarray, style: StyleConfig) -> np.ndarray:
+    """Frames uint8 [F, H, W, 3] as another renderer draws them."""
+    if style == StyleConfig():
+        return frames
+    faded = frames + style.dim * (np.array(BACKGROUND, np.float32) - frames)
+    return np.clip(np.rint(faded * np.array(style.tint, np.float32)), 0, 255).astype(np.uint8)
 
 
 def _stamps(body: Drawable, x: np.ndarray, y: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,8 @@ from afd_data.teacher_config import FlawsConfig
 from afd_data.teachers.layout import Placed
 from afd_data.teachers.scene import GRAVITIES
 
+FLAWS = [name for name in FlawsConfig.model_fields if name != "share"]
+
 
 @dataclass(frozen=True)
 class Break:
@@ -38,7 +40,7 @@ def draw_breaks(
     flaws: FlawsConfig, gravity: float, bodies: list[Placed], frames: int, rng: np.random.Generator
 ) -> Break:
     """Decide what goes wrong in this video.  Every chance is drawn, so that one flaw's share leaves the others be."""
-    chance = dict(zip(FlawsConfig.model_fields, rng.random(len(FlawsConfig.model_fields)), strict=True))
+    chance = dict(zip(FLAWS, rng.random(len(FLAWS)), strict=True))
     others = [value for value in GRAVITIES.values() if value != gravity]
     factor = rng.choice([rng.uniform(0.4, 0.75), rng.uniform(1.3, 2.0)])
     another = float(rng.choice(others)) if gravity == 0 or rng.random() < 0.5 else gravity * factor
@@ -47,6 +49,8 @@ def draw_breaks(
     passes = "floor" if rng.random() < 0.5 else "walls"
     body, length = int(rng.integers(len(bodies))), int(rng.integers(2, 6))
     first = int(rng.integers(1, max(2, frames - length + 1)))
+    if rng.random() >= flaws.share:
+        return Break()
     return Break(
         gravity=another if chance["wrong_gravity"] < flaws.wrong_gravity else None,
         restitution=restitution if chance["wrong_bounce"] < flaws.wrong_bounce else None,

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from afd_data.teachers.drawing import Rectangle
 from afd_data.teachers.scene import BOUNCINESS, COLOURS, SIZES, Body, Scene
+
+
+class Middle:
+    """Draws without chance: the middle of every range."""
+
+    def uniform(self, low: float, high: float) -> float:
+        return (low + high) / 2
+
+    def choice(self, options: Sequence) -> Any:
+        return options[len(options) // 2]
+
+    def random(self) -> float:
+        return 0.5
+
+
+Draws = np.random.Generator | Middle
 
 
 @dataclass(frozen=True)
@@ -25,9 +43,7 @@ class Placed:
     velocity: tuple[float, float]
 
 
-def place(
-    scene: Scene, gravity: float, wall: Rectangle | None, room: tuple[float, float], rng: np.random.Generator
-) -> list[Placed]:
+def place(scene: Scene, gravity: float, wall: Rectangle | None, room: tuple[float, float], rng: Draws) -> list[Placed]:
     """Draw what the prompt leaves open, bodies apart from each other and from the wall."""
     taken = {body.colour for body in scene.bodies}
     placed: list[Placed] = []
@@ -60,7 +76,7 @@ def _launch(
     gravity: float,
     wall: Rectangle | None,
     room: tuple[float, float],
-    rng: np.random.Generator,
+    rng: Draws,
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """A start position and velocity that fit the body's launch."""
     kind, _, direction = (body.launch or "").partition("-")

@@ -1,4 +1,4 @@
-"""The playground as a teacher: free, exact, local; a video is a function of (prompt, seed, video settings, flaws)."""
+"""The playground as a teacher: free, exact, local; a video is a function of (prompt, seed, video settings, config)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Playground(Free):
     """See `scene` for what it understands and `world` for how things move there."""
 
     def __init__(self, config: PlaygroundConfig) -> None:
-        self._flaws = config.flaws
+        self._config = config
         self.identity = Identity(
             name="playground",
             version="1",
-            settings={"flaws": config.flaws.model_dump()},
+            settings=config.model_dump(mode="json", exclude={"name"}),
             licence="CC0-1.0",
             distillation="allowed",
         )
@@ -35,6 +35,9 @@ class Playground(Free):
 
     def fetch(self, job_id: str, request: Request, target: Path) -> Delivery:
         """Draw the video into `target` (mp4).  Raises RefusedError as `submit` does."""
-        frames, world = simulate(request.prompt, request.seed, request.video, self._flaws)
+        config = self._config
+        frames, world = simulate(
+            request.prompt, request.seed, request.video, config.flaws, config.style, config.determined
+        )
         write_mp4(target, frames, request.video)
         return Delivery(effective=request.video.model_dump(), provenance={"seed": request.seed}, world=world)

@@ -14,10 +14,11 @@ import numpy as np
 import pymunk
 
 from afd_data.config import VideoConfig
-from afd_data.teacher_config import FlawsConfig
-from afd_data.teachers.drawing import Rectangle, draw, extent, wall_rectangle
+from afd_data.teacher_config import FlawsConfig, StyleConfig
+from afd_data.teachers import RefusedError
+from afd_data.teachers.drawing import Rectangle, draw, extent, styled, wall_rectangle
 from afd_data.teachers.flaws import Break, draw_breaks
-from afd_data.teachers.layout import Placed, place
+from afd_data.teachers.layout import Draws, Middle, Placed, place
 from afd_data.teachers.scene import BACKGROUND, GRAVITIES, UNITS, Scene, parse
 
 STEPS_PER_SECOND = 480  # of the solver: a body moves a tenth of a unit at most
@@ -27,16 +28,23 @@ _FLOOR_BIT, _WALL_BIT = 0b01, 0b10  # collision categories
 
 
 def simulate(
-    scene: Scene | str, seed: int, video: VideoConfig, flaws: FlawsConfig | None = None
+    scene: Scene | str,
+    seed: int,
+    video: VideoConfig,
+    flaws: FlawsConfig | None = None,
+    style: StyleConfig | None = None,
+    determined: bool = False,
 ) -> tuple[np.ndarray, dict]:
     """Frames uint8 [F, H, W, 3] and the JSON-able state (`state` below lists it).
 
-    The same arguments give the same video; the start is the same with and without flaws.  Raises RefusedError for a
-    prompt that names nothing the world can draw.
+    The same arguments give the same video; the start is the same with and without flaws.  `determined`: without flaws
+    the seed changes nothing.  Raises RefusedError for a prompt that names nothing the world can draw.
     """
     scene = parse(scene) if isinstance(scene, str) else scene
     flaws = flaws or FlawsConfig()
-    rng = np.random.default_rng([seed, 0])
+    if determined and len(scene.bodies) > 1:
+        raise RefusedError(f"a determined world holds one body, the prompt names {len(scene.bodies)}")
+    rng = Middle() if determined else np.random.default_rng([seed, 0])
     gravity = GRAVITIES[scene.gravity or str(rng.choice([*GRAVITIES]))]
     wall = wall_rectangle(scene, video.width, video.height)
     bodies = place(scene, gravity, wall, extent(video.width, video.height), rng)
@@ -44,7 +52,7 @@ def simulate(
     broken = draw_breaks(flaws, gravity, bodies, video.frames, flaw_rng)
     if broken.gravity is not None:
         gravity = broken.gravity
-    positions, velocities = _roll_out(bodies, gravity, broken, wall, video, rng)
+    positions, velocities = _roll_out(bodies, gravity, broken, wall, video, None if determined else rng)
     if flaws.jitter:
         radii = np.array([[body.radius] for body in bodies])
         positions += flaws.jitter * radii * flaw_rng.normal(size=positions.shape)
@@ -52,7 +60,7 @@ def simulate(
     if broken.hidden:
         body, first, after = broken.hidden
         visible[first:after, body] = False
-    frames = draw(scene, bodies, positions, visible, video.width, video.height)
+    frames = styled(draw(scene, bodies, positions, visible, video.width, video.height), style or StyleConfig())
     return frames, _state(scene, bodies, gravity, broken, positions, velocities, visible, wall, video)
 
 
@@ -62,16 +70,17 @@ def _roll_out(
     broken: Break,
     wall: Rectangle | None,
     video: VideoConfig,
-    rng: np.random.Generator,
+    rough: Draws | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and velocities [F, N, 2] at the frame times k / fps."""
+    """Positions and velocities [F, N, 2] at the frame times k / fps; `rough`: where the floor's kicks come from."""
     space = pymunk.Space()
     space.gravity = (0, -gravity)
     space.damping = math.exp(-broken.drag_per_s)
     space.collision_slop = 0.005
     _add_room(space, extent(video.width, video.height), wall)
     movers = [_add_body(space, index, body, broken) for index, body in enumerate(bodies)]
-    space.on_collision(_BODY, _FLOOR, post_solve=lambda arbiter, _space, _data: _scatter(arbiter, rng))
+    if rough is not None:
+        space.on_collision(_BODY, _FLOOR, post_solve=lambda arbiter, _space, _data: _scatter(arbiter, rough))
     steps = math.ceil(STEPS_PER_SECOND / video.fps)
     positions = np.empty((video.frames, len(bodies), 2))
     velocities = np.empty_like(positions)
@@ -120,7 +129,7 @@ def _add_body(space: pymunk.Space, index: int, body: Placed, broken: Break) -> p
     return mover
 
 
-def _scatter(arbiter: pymunk.Arbiter, rng: np.random.Generator) -> None:
+def _scatter(arbiter: pymunk.Arbiter, rng: Draws) -> None:
     """The rough floor: after a hard bounce the sideways velocity is drawn anew, within what the bounce has lost."""
     if not arbiter.is_first_contact:
         return
