@@ -101,6 +101,9 @@ class SpaceTimeConfig(Judging):
     reference: bool = Field(
         default=False, description="also look at another take of the same prompt by the teacher (cache.takes >= 2)"
     )
+    look_back: bool = Field(
+        default=False, description="a token also holds what its place showed a step before, so that it sees motion"
+    )
     view: Literal["latents", "luminance", "luminance-differences"] = Field(
         default="latents",
         description="what it sees: latents as they are; luminance: without colour, each clip normalised; "
@@ -122,6 +125,8 @@ class SpaceTimeConfig(Judging):
     def _shapes_fit(self) -> SpaceTimeConfig:
         if self.dim % self.heads:
             raise ValueError(f"dim: {self.dim} is not divisible by heads {self.heads}")
+        if self.chunk_causal and self.view != "latents":
+            raise ValueError(f"view: {self.view} is normalised over the whole clip, which chunk_causal may not see")
         return self
 
     def problem_with(self, shape: LatentShape, chunk_frames: int) -> str | None:

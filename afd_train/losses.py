@@ -15,6 +15,11 @@ def per_clip_mse(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).square().flatten(1).mean(1)
 
 
+def per_frame_mse(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared difference of each frame.  a, b: [B, F, ...] -> [B, F]."""
+    return (a - b).square().flatten(2).mean(2)
+
+
 def bradley_terry_loss(teacher_score: Tensor, student_score: Tensor, weight: Tensor | None = None) -> Tensor:
     """-log P(the teacher's clip beats the student's) under Bradley-Terry (eq. 1).
 
@@ -60,18 +65,49 @@ def _weighted(losses: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def forward_process_loss(
-    v_student: Tensor, v_old: Tensor, v_target: Tensor, weight: Tensor, policy_mix: float
+    v_student: Tensor, v_old: Tensor, v_target: Tensor, weight: Tensor, policy_mix: float, adaptive: bool = False
 ) -> Tensor:
     """Flow matching towards liked and away from disliked samples (eq. 4; policy_mix is its beta).
 
-    v_*: [B, ...], v_old without gradient; weight: [B] in [0, 1], 1/2 is no opinion; policy_mix in (0, 1] -> scalar.
-    With w = 1/2 and v_student = v_old the two branches cancel.  The lag of v_old is the only restoring force: it
-    holds a trust region policy_mix^2 |v_student - v_old|^2.
+    v_*: [B, F, C, H, W], v_old without gradient; weight: [B, F] or [B, 1] in [0, 1], 1/2 is no opinion; policy_mix in
+    (0, 1] -> scalar.  With w = 1/2 and v_student = v_old the two branches cancel.  The lag of v_old is the only
+    restoring force: it holds a trust region policy_mix^2 |v_student - v_old|^2.  `adaptive` divides the error of a
+    frame in each branch by its mean absolute deviation, without gradient (DiffusionNFT's weighting, arXiv 2509.16117).
     """
     step = policy_mix * (v_student - v_old)
-    towards = per_clip_mse(v_old + step, v_target)
-    away = per_clip_mse(v_old - step, v_target)
+    towards, away = (_frame_error(v_old + sign * step, v_target, adaptive) for sign in (1, -1))
     return (weight * towards + (1 - weight) * away).mean()
+
+
+def _frame_error(v: Tensor, target: Tensor, adaptive: bool) -> Tensor:
+    """Mean squared error of each frame: [B, F, ...] -> [B, F]."""
+    error = per_frame_mse(v, target)
+    if not adaptive:
+        return error
+    return error / (v - target).detach().abs().flatten(2).mean(2).clamp_min(1e-5)
+
+
+def branching_loss(clean: Tensor, old_clean: Tensor, shift: Tensor, scale: Tensor, policy_mix: float) -> Tensor:
+    """Eq. 4 over all candidates of one context at once, as a regression of the clean estimate.
+
+    clean: the student's estimate, with gradient; old_clean: the old policy's; shift: `branch_shift` of the candidates;
+    all [B, F, C, H, W].  scale: [B, F], what each frame's error is divided by (1 is eq. 4) -> scalar.
+    Eq. 4 in clean estimates x, old q and a sample s is mix^2 |x - q - ((2 w - 1) / mix) (s - q)|^2 and a constant.
+    Candidates of one context share x and q, and their 2 w - 1 add up to 0, so that the mean over them is
+    mix^2 |x - q - shift / mix|^2 and a constant.
+    """
+    target = old_clean + shift / policy_mix
+    return (policy_mix**2 * per_frame_mse(clean, target) / scale).mean()
+
+
+def branch_shift(candidates: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """The step that the candidates of one context ask for together: mean_m (A_m / clip) (x_m - mean x).
+
+    candidates: [M, ...]; advantages: [M, ...] that broadcasts against them, in [-clip, clip] with mean 0 over M ->
+    [...].  A_m / clip is 2 w_m - 1 of eq. 4.
+    """
+    centred = candidates - candidates.mean(0, keepdim=True)
+    return (advantages / clip * centred).mean(0)
 
 
 def prior_loss(v_student: Tensor, v_reference: Tensor) -> Tensor:
@@ -81,8 +117,7 @@ def prior_loss(v_student: Tensor, v_reference: Tensor) -> Tensor:
 
 def flow_matching_loss(v_student: Tensor, v_target: Tensor, frame_weight: Tensor) -> Tensor:
     """Weighted flow matching.  v_*: [B, F, C, H, W]; frame_weight: [B, F] -> scalar."""
-    per_frame = (v_student - v_target).square().flatten(2).mean(2)
-    return (frame_weight * per_frame).mean()
+    return (frame_weight * per_frame_mse(v_student, v_target)).mean()
 
 
 def distribution_matching_loss(clean: Tensor, real_clean: Tensor, fake_clean: Tensor) -> Tensor:

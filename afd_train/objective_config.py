@@ -137,8 +137,9 @@ class BranchConfig(OldPolicy):
     """Branching: candidates of every chunk from one cache, and one regression target for all of them."""
 
     name: Literal["afd-branch"] = "afd-branch"
-    policy_mix: float = Field(default=0.1, gt=0, le=1, description="beta of eq. 4; the target's step is 2 / beta")
-    discount: float = Field(default=0.0, ge=0, le=1, description="of what the followed rollout's later chunks score")
+    policy_mix: float = Field(
+        default=0.1, gt=0, le=1, description="beta of eq. 4: the target lies 1 / beta times the candidates' shift away"
+    )
     advantage_clip: float = Field(default=3.0, gt=0, description="in global standard deviations")
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from afd_train.config import LoraConfig, TrainConfig
-from afd_train.objective_config import AfdConfig
+from afd_train.objective_config import OldPolicy
 from afd_train.optimizer import Optimizer, learning_rate_factor
 from afd_train.parallel import Processes
 from afd_train.students.causal_wan import CausalWan
@@ -34,7 +34,7 @@ def frozen_copy(net: Net) -> Net:
     return copy.deepcopy(net).requires_grad_(False).eval()
 
 
-def old_policy_decay(config: AfdConfig, step: int) -> float:
+def old_policy_decay(config: OldPolicy, step: int) -> float:
     """d of old <- d old + (1 - d) student after update `step`, counted from 1: DiffusionNFT's schedules, and an EMA."""
     match config.old_policy_schedule:
         case "ema":

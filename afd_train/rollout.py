@@ -47,6 +47,18 @@ class Sampler:
         )
 
 
+def step_times(sampler: Sampler, where: Tensor, frames: int, chunk: int) -> Tensor:
+    """Times of a sampler's own steps: places in [0, 1), [B, n] -> [B, n, frames], one place for a whole clip.
+
+    The first chunk's are those of `first_times`.
+    """
+    first, other = (
+        torch.tensor(times, device=where.device)[(where * len(times)).long()][..., None]
+        for times in (sampler.first_times, sampler.times)
+    )
+    return torch.cat([first.expand(-1, -1, chunk), other.expand(-1, -1, frames - chunk)], 2)
+
+
 @dataclass(frozen=True)
 class Rollout:
     """Student clips and what an update needs of how they came about.

@@ -49,6 +49,19 @@ class Discriminator(Protocol):
         ...
 
 
+class ChunkDiscriminator(Discriminator, Protocol):
+    """One whose chunk scores depend on no later chunk, and which judges many candidates for a chunk at once."""
+
+    def score_branches(
+        self, followed: Tensor, candidates: Tensor, prompts: Prompts, reference: Tensor | None
+    ) -> Tensor:
+        """What chunk k would score were it that of a candidate, behind the chunks before k that were followed.
+
+        followed: [P, F, C, h, w]; candidates: [P, M, F, C, h, w]; P prompts -> [P, M, chunks].
+        """
+        ...
+
+
 def open_discriminator(config: DiscriminatorConfig, student: Student, seed: int) -> nn.Module:
     """The discriminator that the recipe names, a `Discriminator`; new weights follow from `seed`.
 

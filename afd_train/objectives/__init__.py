@@ -69,11 +69,14 @@ class Setup:
 
     def rollout(self, examples: Sequence[Example], step: int, takes: range) -> Rollout:
         """These takes of every prompt, a prompt's next to each other, by the policy that is acting."""
+        with self.watch("rollout"), self.processes.unsharded(self.student.net):
+            return self.student.rollout(self.clips(examples, step, takes), self.text(examples), training=True)
+
+    def clips(self, examples: Sequence[Example], step: int, takes: range) -> list[Clip]:
+        """What a step draws: these takes of every prompt."""
         # No two steps of any two small seeds share theirs.
         seed = self.seed * 1_000_003 + step
-        clips = [Clip(e.prompt_id, e.prompt, seed, take) for e in examples for take in takes]
-        with self.watch("rollout"), self.processes.unsharded(self.student.net):
-            return self.student.rollout(clips, self.text(examples), training=True)
+        return [Clip(e.prompt_id, e.prompt, seed, take) for e in examples for take in takes]
 
     def draws(self, step: int, purpose: str, examples: Sequence[Example], takes: range = range(1)) -> Draws:
         """Randomness of these clips in a step, for one purpose."""

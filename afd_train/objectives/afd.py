@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from afd_data.stream import Example
-from afd_train.advantages import group_advantages, shuffled, weights_from_advantages
+from afd_train.advantages import advantages_of, shuffled, weights_from_advantages
 from afd_train.objective_config import AfdConfig
 from afd_train.objectives import Metrics, Setup
 from afd_train.objectives.forward_process import ForwardProcess, Step
@@ -46,29 +46,33 @@ class AdversarialFlowDistillation:
         metrics = self._judge.learn(examples, drawn.clips, step, rate)
         teacher, student = self._judge.score(examples, drawn.clips, step)  # the updated one
         metrics |= told_apart("clean_", teacher, student)
-        scores = student.mean(1).unflatten(0, (len(examples), drawn.takes))
-        behind = (teacher - student).mean(1).unflatten(0, scores.shape).mean(1)
+        groups = (len(examples), drawn.takes)
+        behind = (teacher - student).mean(1).unflatten(0, groups).mean(1)
         self._setup.margins.add(examples, behind, step, self._setup.processes)
-        metrics["advantage/spread"] = float(scores.std(1).mean())
-        weight = weights_from_advantages(
-            self._advantages(examples, scores, step).flatten(), self._config.advantage_clip
-        )
+        scores = student.unflatten(0, groups)
+        metrics["advantage/spread"] = float(scores.mean(2).std(1).mean())
+        advantages = self._advantages(examples, scores, step).flatten(0, 1)
+        weight = weights_from_advantages(advantages, self._config.advantage_clip)
         with self._setup.watch("update"):
             metrics |= self._forward_process.update(drawn, weight)
         self._setup.trainee.follow("old", old_policy_decay(self._config, step + 1))
-        return metrics | histogram(weight) | held_out(self._setup, self._judge, step)
+        return metrics | histogram(weight.flatten()) | held_out(self._setup, self._judge, step)
 
     def _advantages(self, examples: Sequence[Example], scores: Tensor, step: int) -> Tensor:
-        """Eq. 2: [P, K] -> [P, K], with the standard deviation over the groups of all processes."""
-        processes = self._setup.processes
-        advantages = processes.own(group_advantages(processes.gather(scores)))
-        if self._config.shuffled_advantages:
+        """Eq. 2: [P, K, S] -> [P, K, 1 or S], with the standard deviation over the groups of all processes."""
+        processes, config = self._setup.processes, self._config
+        if config.credit == "video":
+            scores = scores.mean(2, keepdim=True)
+        discount = config.discount if config.credit == "future" else 0.0
+        gathered = advantages_of(processes.gather(scores), config.baseline, config.normalisation, discount)
+        advantages = processes.own(gathered)
+        if config.shuffled_advantages:
             return shuffled(advantages, self._setup.draws(step, "shuffle", examples).uniform(scores.shape[1]))
         return advantages
 
 
 def histogram(weight: Tensor) -> Metrics:
-    """Log entries: share of the weights in each bin.  weight: [B] in [0, 1]."""
+    """Log entries: share of the weights in each bin.  weight: [N] in [0, 1]."""
     bins = torch.histogram(weight.cpu(), torch.tensor(HISTOGRAM)).hist / len(weight)
     ranges = zip(HISTOGRAM, HISTOGRAM[1:], bins, strict=False)
     return {f"weight/{low:.1f}_to_{high:.1f}": float(share) for low, high, share in ranges}

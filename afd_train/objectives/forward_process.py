@@ -17,9 +17,10 @@ from afd_train.flow import noised, velocity
 from afd_train.losses import forward_process_loss, per_clip_mse, prior_loss
 from afd_train.objective_config import AfdConfig
 from afd_train.objectives import Metrics, Setup
+from afd_train.objectives.flow_matching import SMALLEST_TIME
 from afd_train.objectives.parts import Part, parts_of
 from afd_train.policies import Policy
-from afd_train.rollout import Sampler
+from afd_train.rollout import Sampler, step_times
 from afd_train.students.attention import KVCache
 from afd_train.students.causal_wan import CausalWan
 
@@ -91,9 +92,15 @@ class ForwardProcess:
         self._sampler = Sampler.of(setup.student.config, training=True)
 
     def update(self, drawn: Step, weight: Tensor) -> Metrics:
-        """weight: [P K] in [0, 1]."""
+        """`inner_updates` steps of the student.  weight: [P K, S] in [0, 1], S = 1 or the number of chunks."""
+        weight = weight.repeat_interleave(drawn.clips.shape[1] // weight.shape[1], 1)
+        return [self._update(drawn, weight, inner) for inner in range(self._config.inner_updates)][-1]
+
+    def _update(self, drawn: Step, weight: Tensor, inner: int) -> Metrics:
+        """weight: [P K, F]; every inner update has times and noises of its own, and the rollout's clean context."""
         parts = list(parts_of(len(drawn.examples), drawn.takes, self._setup.config.clips_per_pass))
-        noisy, contexts = [self._noisy(drawn, part) for part in parts], [drawn.context[part.rows] for part in parts]
+        noisy = [self._noisy(drawn, part, inner) for part in parts]
+        contexts = [drawn.context[part.rows] for part in parts]
         rows = [self._compared(drawn, part) for part in parts]
         # What other policies say comes first, so that each takes the student's place once a step.
         v_old = self._frozen("old", noisy, contexts)
@@ -129,11 +136,19 @@ class ForwardProcess:
         """Add the gradient of a part of the clips; returns its share of the sums in the log."""
         noisy, rows = asked.noisy, asked.rows
         clips, context = drawn.clips[part.rows], drawn.context[part.rows]
+        weight = weight.repeat(1, self._config.noisings_per_clip)
         share, of_prompts = len(clips) / len(drawn.clips), len(rows) / len(drawn.examples)
         sums = {"loss": 0.0, "deviation": 0.0, "prior": 0.0, "reference": 0.0}
         for frames, v in self._student(noisy, clips, context, drawn.cache):
             size, v_old = len(frames) / noisy.x.shape[1], asked.v_old[:, frames]
-            loss = forward_process_loss(v, v_old, noisy.target[:, frames], weight, self._config.policy_mix)
+            loss = forward_process_loss(
+                v,
+                v_old,
+                noisy.target[:, frames],
+                weight[:, frames],
+                self._config.policy_mix,
+                self._config.adaptive_weight,
+            )
             loss = share * size * loss
             sums["loss"] += float(loss.detach())
             sums["deviation"] += share * size * float(per_clip_mse(v.detach(), v_old).mean())
@@ -146,20 +161,29 @@ class ForwardProcess:
             self._setup.trainee.accumulate(loss)
         return sums
 
-    def _noisy(self, drawn: Step, part: Part) -> Noisy:
-        """Eq. 3 at times of the student's own sampler, the same step of it for a whole clip."""
+    def _noisy(self, drawn: Step, part: Part, inner: int) -> Noisy:
+        """Eq. 3."""
         examples, clips, copies = drawn.examples[part.prompts], drawn.clips[part.rows], self._config.noisings_per_clip
-        draws = self._setup.draws(drawn.number, "forward process", examples, part.takes)
-        where, frames = draws.uniform(copies), clips.shape[1]
-        chunk = self._setup.student.config.chunk_frames
-        first, other = (
-            torch.tensor(times, device=where.device)[(where * len(times)).long()]
-            for times in (self._sampler.first_times, self._sampler.times)
-        )
-        t = torch.cat([first[:, :, None].expand(-1, -1, chunk), other[:, :, None].expand(-1, -1, frames - chunk)], 2)
-        t, noise = t.flatten(1), draws.normal(copies * frames, *clips.shape[2:])
+        purpose = "forward process" if inner == 0 else f"forward process {inner}"
+        draws = self._setup.draws(drawn.number, purpose, examples, part.takes)
+        t = self._times(draws.uniform(copies), clips.shape[1]).flatten(1)
+        noise = draws.normal(copies * clips.shape[1], *clips.shape[2:])
         clean = clips.repeat(1, copies, 1, 1, 1)
         return Noisy(noised(clean, noise, t), t, velocity(clean, noise), self._setup.text(examples))
+
+    def _times(self, where: Tensor, frames: int) -> Tensor:
+        """Places in [0, 1), [B, copies] -> times [B, copies, F]: the same place for a whole clip.
+
+        Of the student's own sampler by default, the first chunk's and the others'.
+        """
+        match self._config.times:
+            case "range":
+                low, high = self._config.time_range
+            case "uniform":
+                low, high = SMALLEST_TIME, 1.0
+            case "sampler":
+                return step_times(self._sampler, where, frames, self._setup.student.config.chunk_frames)
+        return (high - (high - low) * where)[:, :, None].expand(-1, -1, frames)
 
     def _frozen(self, policy: Policy, noisy: Sequence[Noisy], contexts: Sequence[Tensor]) -> list[Tensor]:
         """Another policy's velocities on the same clean contexts: [B, n F, C, H, W] each."""

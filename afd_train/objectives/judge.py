@@ -76,6 +76,29 @@ class Judge:
             pairs = list(self._pairs(examples, rollouts, step, noisy=False))
         return torch.cat([part.teacher for part in pairs]), torch.cat([part.student for part in pairs])
 
+    @torch.no_grad()
+    def score_branches(self, examples: Sequence[Example], followed: Tensor, candidates: Tensor, step: int) -> Tensor:
+        """Scores of the candidates for every chunk, behind the followed chunks before it: [P, M, chunks].
+
+        followed: [P, F, C, h, w]; candidates: [P, M, F, C, h, w].
+        """
+        setup, found = self._setup, []
+        with setup.watch("discriminator"):
+            text, reference = setup.text(examples), self._reference(examples, step)
+            for part in parts_of(len(examples), 1, setup.config.clips_per_pass):
+                rows = part.prompts
+                prompts = Prompts([example.prompt for example in examples[rows]], text[rows])
+                beside = None if reference is None else self._own_space(reference[rows])
+                branches = self._own_space(candidates[rows].flatten(0, 1), True).unflatten(
+                    0, candidates[rows].shape[:2]
+                )
+                found.append(self.net.score_branches(self._own_space(followed[rows], True), branches, prompts, beside))
+        return torch.cat(found)
+
+    def _reference(self, examples: Sequence[Example], step: int) -> Tensor | None:
+        """Another clip of the teacher for each example, where the discriminator looks at one."""
+        return self._setup.latents(self._others(examples, step)) if self._config.references else None
+
     def _loss(self, pairs: Pairs) -> Tensor:
         config = self._config
         teacher, student = pairs.teacher.mean(1), pairs.student.mean(1)
@@ -98,7 +121,7 @@ class Judge:
         """Scores of teacher and student, paired, part by part; with the input noise of `step` where it is asked for."""
         setup, takes = self._setup, len(rollouts) // len(examples)
         teacher, text = setup.latents(examples), setup.text(examples)
-        reference = setup.latents(self._others(examples, step)) if self._config.references else None
+        reference = self._reference(examples, step)
         for part in parts_of(len(examples), takes, setup.config.clips_per_pass):
             some, count = examples[part.prompts], len(part.takes)
             group = list(range(len(some)))

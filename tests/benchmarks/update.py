@@ -80,7 +80,7 @@ class Update:
         self._backward(v, piece)
 
     def _backward(self, v: Tensor, piece: list[int] | slice) -> None:
-        loss = forward_process_loss(v, self.old[:, piece], self.target[:, piece], self.weight, POLICY_MIX)
+        loss = forward_process_loss(v, self.old[:, piece], self.target[:, piece], self.weight[:, None], POLICY_MIX)
         (loss * v.shape[1] / self.noisy.shape[1]).backward()
 
     def flops(self, form: Form, checkpointing: bool) -> float:

@@ -4,13 +4,18 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from afd_train.advantages import group_advantages, shuffled, weights_from_advantages
+from afd_train.advantages import advantages_of, clipped, discounted_future, shuffled, weights_from_advantages
 
 
 def scores(seed: int = 0) -> torch.Tensor:
     """Six prompts of four rollouts; some prompts are easier than others."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(6, 4, generator=generator) + 10 * torch.randn(6, 1, generator=generator)
+
+
+def group_advantages(scores: torch.Tensor) -> torch.Tensor:
+    """Of whole videos, with the settings of the paper: [P, K] -> [P, K]."""
+    return advantages_of(scores[..., None]).squeeze(-1)
 
 
 def draws(seed: int, *shape: int) -> torch.Tensor:
@@ -73,3 +78,48 @@ def test_shuffling_breaks_the_tie_between_rollout_and_advantage():
 def test_the_draws_order_is_the_new_order():
     moved = shuffled(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.5, 0.9, 0.1]]))
     assert moved.tolist() == [[3.0, 1.0, 2.0]]
+
+
+def test_adding_a_constant_to_the_discriminator_changes_nothing():
+    by_chunk = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for settings in ({}, {"discount": 0.8}, {"normalisation": "prompt"}, {"baseline": "batch"}):
+        assert_close(advantages_of(by_chunk + 7, **settings), advantages_of(by_chunk, **settings))
+
+
+def test_a_chunk_is_compared_with_the_same_chunk_of_other_rollouts():
+    # Chunk 0 of the group: 1 and 3; chunk 1: 10 and 10.  Deviation over all four: sqrt(2 / 4).
+    advantages = advantages_of(torch.tensor([[[1.0, 10.0], [3.0, 10.0]]]))
+    assert_close(advantages, torch.tensor([[[-1.0, 0.0], [1.0, 0.0]]]) * 2**0.5, rtol=1e-3, atol=0)
+
+
+def test_a_batch_baseline_favours_easier_prompts():
+    advantages = advantages_of(torch.tensor([[1.0, 1.0], [3.0, 3.0]])[..., None], baseline="batch")
+    assert_close(advantages.squeeze(-1), torch.tensor([[-1.0, -1.0], [1.0, 1.0]]), rtol=1e-3, atol=0)
+
+
+def test_normalising_by_prompt_gives_every_prompt_the_same_deviation():
+    advantages = advantages_of(torch.tensor([[1.0, 3.0], [10.0, 30.0]])[..., None], normalisation="prompt")
+    assert_close(advantages.squeeze(-1), torch.tensor([[-1.0, 1.0]] * 2), rtol=1e-3, atol=0)
+
+
+def test_without_normalisation_an_advantage_is_a_difference_of_scores():
+    advantages = advantages_of(torch.tensor([[1.0, 3.0]])[..., None], normalisation="none")
+    assert advantages.flatten().tolist() == [-1.0, 1.0]
+
+
+def test_the_future_is_discounted_chunk_by_chunk():
+    # 4; 2 + 4 / 2; 1 + 2 / 2 + 4 / 4
+    assert discounted_future(torch.tensor([1.0, 2.0, 4.0]), 0.5).tolist() == [3.0, 4.0, 4.0]
+    assert discounted_future(torch.tensor([1.0, 2.0, 4.0]), 0.0).tolist() == [1.0, 2.0, 4.0]
+
+
+def test_clipped_advantages_are_centred_again():
+    # 9 becomes 3: (3 - 1 - 1 - 1) / 4 = 0 again; -3, 5 -> -3, 3.
+    found = clipped(torch.tensor([[9.0, -1.0, -1.0, -1.0], [5.0, -3.0, 1.0, -1.0]]), 3.0)
+    assert found.tolist() == [[3.0, -1.0, -1.0, -1.0], [3.0, -3.0, 1.0, -1.0]]
+    assert_close(clipped(torch.tensor([[9.0, -1.0]]), 3.0), torch.tensor([[2.0, -2.0]]))
+
+
+def test_shuffling_moves_all_chunks_of_a_rollout_together():
+    advantages = torch.tensor([[[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]]])
+    assert shuffled(advantages, torch.tensor([[0.5, 0.9, 0.1]])).tolist() == [[[3.0, 30.0], [1.0, 10.0], [2.0, 20.0]]]

@@ -51,7 +51,7 @@ class World:
         setup = self.changed(objective, **settings)
         drawn = self.drawn if setup.config.clips_per_pass is None else replace(self.drawn, cache=None)
         with gradient_of(setup.trainee) as gradient:
-            metrics = ForwardProcess(setup, objective).update(drawn, self.weight)
+            metrics = ForwardProcess(setup, objective).update(drawn, self.weight[:, None])
         return gradient[0], metrics
 
     def changed(self, objective: AfdConfig, **settings: Any) -> Setup:
@@ -219,7 +219,7 @@ def expected(world: World, objective: AfdConfig, student: Callable[[Version, See
         torch.cat(parts, 1)
         for parts in ([student(v, seen) for v in versions], *said.values(), [v.target for v in versions])
     )
-    loss = forward_process_loss(v, v_old, target, world.weight, objective.policy_mix)
+    loss = forward_process_loss(v, v_old, target, world.weight[:, None], objective.policy_mix)
     prior = prior_loss(v[rows], v_reference[rows])
     log = {
         "student/loss": float(loss.detach()),
@@ -365,7 +365,7 @@ def test_an_update_of_a_bfloat16_student_moves_its_masters(world_of):
     world = world_of({"dtype": "bfloat16"}, learning_rate=1e-5)
     masters = world.setup.trainee.optimizer.masters
     before = [master.detach().clone() for master in masters]
-    metrics = ForwardProcess(world.setup, AfdConfig()).update(world.drawn, world.weight)
+    metrics = ForwardProcess(world.setup, AfdConfig()).update(world.drawn, world.weight[:, None])
     assert metrics["student/grad_norm"] > 0
     changed = [not torch.equal(master, start) for master, start in zip(masters, before, strict=True)]
     assert sum(changed) > 0.9 * len(changed)
@@ -401,7 +401,7 @@ def test_all_policies_see_what_the_student_remembered(setup_of, per_pass):
     # They are equal before the first step, so they say the same as long as they see the same.
     setup = setup_of(AfdConfig(), student=STUDENT | RENOISED, clips_per_pass=per_pass, **STILL)
     drawn = Step.drawn(setup, setup.stream.next_batch(PROMPTS), NUMBER)
-    update, half = ForwardProcess(setup, AfdConfig()).update, torch.full((PROMPTS * TAKES,), 0.5)
+    update, half = ForwardProcess(setup, AfdConfig()).update, torch.full((PROMPTS * TAKES, 1), 0.5)
     metrics = update(drawn, half)
     assert metrics["student/old_policy_deviation"] < 1e-9
     assert metrics["student/reference_distance"] < 1e-9

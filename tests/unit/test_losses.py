@@ -28,7 +28,7 @@ V_OLD, TARGET = clips(1), clips(2)
 
 
 def weights(value: float) -> torch.Tensor:
-    return torch.full((B,), value, dtype=torch.float64)
+    return torch.full((B, 1), value, dtype=torch.float64)
 
 
 def test_mse_is_taken_clip_by_clip():
@@ -93,7 +93,7 @@ def test_the_optimum_is_a_bounded_shift_from_the_old_policy():
 
 def test_each_clip_goes_by_its_own_weight():
     v = V_OLD.clone().requires_grad_()
-    weight = torch.tensor([0.5, 1.0, 0.5, 0.0], dtype=torch.float64)
+    weight = torch.tensor([[0.5], [1.0], [0.5], [0.0]], dtype=torch.float64)
     forward_process_loss(v, V_OLD, TARGET, weight, policy_mix=1.0).backward()
     assert v.grad is not None
     assert_close(v.grad[[0, 2]], torch.zeros(2, *SHAPE[1:], dtype=torch.float64))

@@ -151,7 +151,7 @@ LOGGED = {
     "student/reference_distance",
 }
 UNDECIDED = torch.full((PROMPTS * TAKES,), 0.5)
-DECIDED = weights_from_advantages(torch.tensor([[5.0, -5.0] * 2] * PROMPTS).flatten(), clip=5.0)
+DECIDED = weights_from_advantages(torch.tensor([[5.0, -5.0] * 2] * PROMPTS).flatten()[:, None], clip=5.0)
 
 
 def opened(setup: Setup) -> AdversarialFlowDistillation:

@@ -1,0 +1,145 @@
+"""AFD by branching: a better estimator of the paper's update, for the same discriminator and the same student.
+
+At every chunk M candidates are drawn from one cache, and a discriminator that scores chunks judges each behind the
+chunks that were followed; candidate 0 is followed, so that the rollout stays on-policy.  Their advantages A are
+centred over the candidates of one context and divided by the deviation of all.
+
+For one sample s at weight w, eq. 4 in clean estimates (x the student's, q the old policy's, mix its beta) is
+
+    w |q + mix (x - q) - s|^2 + (1 - w) |q - mix (x - q) - s|^2 = mix^2 |x - q - ((2 w - 1) / mix) (s - q)|^2 + const.
+
+Candidates of one context that are noised all the way (t = 1) share the network's input and so x and q.  With
+2 w_m - 1 = A_m / clip, which add up to 0, the mean over them is
+
+    mix^2 |x - (q + shift / mix)|^2 + const,     shift = mean_m (A_m / clip) (s_m - mean s):
+
+one forward pass a context instead of M, no gradient through discriminator or sampler, and the noise of M weights is
+averaged before the update instead of by it.  Where the sampler has more steps, its later ones noise the candidate that
+is followed, and the shift is added to what the old policy makes of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from afd_data.stream import Example
+from afd_train.advantages import SMALLEST_DEVIATION, clipped, shuffled
+from afd_train.flow import clean_from_velocity, noised
+from afd_train.losses import branch_shift, branching_loss, prior_loss
+from afd_train.objective_config import BranchConfig
+from afd_train.objectives import Metrics, Setup
+from afd_train.objectives.branching import Branches, draw_branches
+from afd_train.objectives.judge import Judge, told_apart
+from afd_train.objectives.parts import Part, parts_of
+from afd_train.objectives.warmup import held_out, warm_up
+from afd_train.policies import Policy, old_policy_decay
+from afd_train.rollout import Sampler, step_times
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """What the student learns from, of a part's prompts: [P, F, C, h, w] but for t, scale [P, F] and text [P, L, D]."""
+
+    x: Tensor
+    t: Tensor
+    shift: Tensor
+    scale: Tensor
+    text: Tensor
+    context: Tensor
+
+
+class BranchedFlowDistillation:
+    """See the module's docstring; `step` is the algorithm."""
+
+    def __init__(self, setup: Setup, config: BranchConfig):
+        self._setup = setup
+        self._config = config
+        self._judge = Judge(setup)
+        self._sampler = Sampler.of(setup.student.config, training=True)
+        self.modules = {"discriminator": self._judge.net}
+        self.optimizers = {"discriminator": self._judge.optimizer}
+
+    def prepare(self, log: Callable[[int, Metrics], None]) -> None:
+        """Warm the discriminator up."""
+        warm_up(self._setup, self._judge, log)
+
+    def step(self, examples: Sequence[Example], step: int) -> Metrics:
+        """One update of the discriminator and one of the student on the branches of every prompt."""
+        setup = self._setup
+        branches = draw_branches(setup, examples, step)
+        metrics = self._judge.learn(examples, branches.followed, step, setup.discriminator.learning_rate)
+        teacher, student = self._judge.score(examples, branches.followed, step)  # the updated one
+        metrics |= told_apart("clean_", teacher, student)
+        setup.margins.add(examples, (teacher - student).mean(1), step, setup.processes)
+        scores = self._judge.score_branches(examples, branches.followed, branches.candidates, step)
+        metrics["advantage/spread"] = float(scores.std(1).mean())
+        advantages = self._advantages(examples, scores, step)
+        with setup.watch("update"):
+            metrics |= self._update(examples, branches, advantages, step)
+        setup.trainee.follow("old", old_policy_decay(self._config, step + 1))
+        return metrics | held_out(setup, self._judge, step)
+
+    def _advantages(self, examples: Sequence[Example], scores: Tensor, step: int) -> Tensor:
+        """[P, M, chunks] -> the same, adding up to 0 over M, in deviations over the branches of all processes."""
+        processes, config = self._setup.processes, self._config
+        centred = scores - scores.mean(1, keepdim=True)
+        deviation = processes.gather(centred).square().mean().sqrt()
+        advantages = clipped(centred / (deviation + SMALLEST_DEVIATION), config.advantage_clip)
+        if config.shuffled_advantages:
+            return shuffled(advantages, self._setup.draws(step, "shuffle", examples).uniform(scores.shape[1]))
+        return advantages
+
+    def _update(self, examples: Sequence[Example], branches: Branches, advantages: Tensor, step: int) -> Metrics:
+        setup = self._setup
+        parts = list(parts_of(len(examples), 1, setup.config.clips_per_pass))
+        noisy = [self._noisy(examples, branches, advantages, part, step) for part in parts]
+        # What other policies say comes first, so that each takes the student's place once a step.
+        old, reference = self._said("old", noisy), self._said("reference", noisy)
+        sums = {"loss": 0.0, "deviation": 0.0, "prior": 0.0, "reference": 0.0}
+        for part, v_old, v_reference in zip(noisy, old, reference, strict=True):
+            share = len(part.x) / len(examples)
+            v = self._velocity(part)
+            clean, old_clean = (clean_from_velocity(part.x, velocity, part.t) for velocity in (v, v_old))
+            loss = branching_loss(clean, old_clean, part.shift, part.scale, self._config.policy_mix)
+            prior = prior_loss(v, v_reference)
+            setup.trainee.accumulate(share * (loss + self._config.prior_weight * prior))
+            sums["loss"] += share * float(loss.detach())
+            sums["deviation"] += share * float((v.detach() - v_old).square().mean())
+            sums["prior"] += share * float(prior.detach())
+            sums["reference"] += share * float(v_reference.square().mean())
+        norm = setup.trainee.step(step)
+        return {
+            "student/loss": sums["loss"],
+            "student/grad_norm": norm,
+            "student/old_policy_deviation": sums["deviation"],
+            "student/reference_distance": sums["prior"] / sums["reference"],
+        }
+
+    def _noisy(
+        self, examples: Sequence[Example], branches: Branches, advantages: Tensor, part: Part, step: int
+    ) -> Noisy:
+        """The followed clips at times of the sampler (1 is noise alone), and what their candidates ask for."""
+        setup, rows = self._setup, part.prompts
+        some, candidates = examples[rows], branches.candidates[rows]
+        chunk = setup.student.config.chunk_frames
+        draws = setup.draws(step, "forward process", some)
+        t = step_times(self._sampler, draws.uniform(1), candidates.shape[2], chunk)[:, 0]
+        x = noised(candidates[:, 0], draws.normal(*candidates.shape[2:]), t)
+        per_frame = advantages[rows].repeat_interleave(chunk, 2)[..., None, None, None]
+        shift = branch_shift(candidates.transpose(0, 1), per_frame.transpose(0, 1), self._config.advantage_clip)
+        spread = (candidates - candidates.mean(1, keepdim=True)).abs().mean((1, 3, 4, 5))  # [P, F]
+        return Noisy(x, t, shift, spread.clamp_min(1e-3), setup.text(some), branches.context[rows])
+
+    def _said(self, policy: Policy, noisy: Sequence[Noisy]) -> list[Tensor]:
+        """Another policy's velocities on the same clean contexts."""
+        with self._setup.trainee.acting(policy):
+            return [self._velocity(part) for part in noisy]
+
+    def _velocity(self, part: Noisy) -> Tensor:
+        net = self._setup.trainee.net
+        cache = net.memory(part.context.shape[1])
+        net.remember(part.context, part.text, cache, self._sampler.context_time)
+        return net.chunks(part.x, part.t, part.text, cache)
