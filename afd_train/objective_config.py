@@ -117,7 +117,10 @@ class AfdConfig(OldPolicy):
         default=1, ge=1, description="student updates a step, each with fresh times and noises on one clean context"
     )
     off_policy_steps: int = Field(
-        default=0, ge=0, description="ablation: learn from rollouts of the student this many steps ago; 0: the current"
+        default=0,
+        ge=0,
+        description="ablation: learn from rollouts of a student that the current one replaces every so many steps; "
+        "0: on-policy",
     )
     context_gradient: bool = Field(
         default=False,

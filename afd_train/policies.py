@@ -22,7 +22,7 @@ from afd_train.parallel import Processes
 from afd_train.students.causal_wan import CausalWan
 
 Net = TypeVar("Net", bound=nn.Module)
-Policy = Literal["student", "ema", "old", "reference"]
+Policy = Literal["student", "ema", "old", "reference", "behind"]
 
 ADAPTER = "default"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")

@@ -119,6 +119,8 @@ class Objective(Protocol):
 def policies_of(objective: ObjectiveConfig) -> tuple[Policy, ...]:
     """The policies that it compares the student with."""
     match objective:
+        case AfdConfig(off_policy_steps=steps) if steps:
+            return ("old", "reference", "behind")
         case AfdConfig() | BranchConfig():
             return ("old", "reference")
         case GanConfig():

@@ -8,6 +8,7 @@ velocity towards liked and away from disliked rollouts, all noised by the forwar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class AdversarialFlowDistillation:
 
     def step(self, examples: Sequence[Example], step: int) -> Metrics:
         """One update of the discriminator and one of the student on K rollouts of every prompt."""
-        drawn = Step.drawn(self._setup, examples, step)
+        drawn = self._drawn(examples, step)
         rate = self._setup.discriminator.learning_rate
         metrics = self._judge.learn(examples, drawn.clips, step, rate)
         teacher, student = self._judge.score(examples, drawn.clips, step)  # the updated one
@@ -57,6 +58,17 @@ class AdversarialFlowDistillation:
             metrics |= self._forward_process.update(drawn, weight)
         self._setup.trainee.follow("old", old_policy_decay(self._config, step + 1))
         return metrics | histogram(weight.flatten()) | held_out(self._setup, self._judge, step)
+
+    def _drawn(self, examples: Sequence[Example], step: int) -> Step:
+        """K rollouts of every prompt, by the current student; by one that stays behind for the off-policy ablation."""
+        trainee, every = self._setup.trainee, self._config.off_policy_steps
+        if not every:
+            return Step.drawn(self._setup, examples, step)
+        if step % every == 0:
+            trainee.follow("behind", 0.0)
+        with trainee.acting("behind"):
+            drawn = Step.drawn(self._setup, examples, step)
+        return replace(drawn, cache=None)  # another policy's keys and values
 
     def _advantages(self, examples: Sequence[Example], scores: Tensor, step: int) -> Tensor:
         """Eq. 2: [P, K, S] -> [P, K, 1 or S], with the standard deviation over the groups of all processes."""

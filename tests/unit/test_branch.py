@@ -40,9 +40,7 @@ def test_one_regression_is_the_mean_of_eq_4_over_the_candidates():
     old = drawn(3, 2, 4, 3, 2, 2)
     student = drawn(4, 2, 4, 3, 2, 2).requires_grad_()
     losses = [
-        forward_process_loss(
-            noise - student, noise - old, noise - sample, advantage.flatten(1) / (2 * CLIP) + 0.5, MIX
-        )
+        forward_process_loss(noise - student, noise - old, noise - sample, advantage.flatten(1) / (2 * CLIP) + 0.5, MIX)
         for sample, advantage in zip(candidates, advantages, strict=True)
     ]
     (wanted,) = torch.autograd.grad(torch.stack(losses).mean(), student)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from afd_data.config import VideoConfig
-from afd_data.teacher_config import FlawsConfig, PlaygroundConfig
+from afd_data.teacher_config import FlawsConfig, PlaygroundConfig, StyleConfig
 from afd_data.teachers import RefusedError, Request, open_teacher
 from afd_data.teachers.scene import BACKGROUND, BOUNCINESS, COLOURS, GRAVITIES, SIZES, parse
 from afd_data.teachers.world import simulate
@@ -302,3 +302,54 @@ def test_flaws_are_part_of_the_identity():
     sloppy = open_teacher(PlaygroundConfig(flaws=FlawsConfig(drag=0.5))).identity
     assert exact.settings != sloppy.settings
     assert (exact.licence, exact.distillation, exact.paid) == ("CC0-1.0", "allowed", False)
+
+
+def test_in_a_determined_world_the_seed_changes_nothing():
+    prompt = "A small red ball is thrown to the left and bounces well, in normal gravity"
+    first, second = (simulate(prompt, seed, TINY, determined=True)[0] for seed in (0, 1))
+    assert np.array_equal(first, second)
+    other = simulate(prompt.replace("left", "right"), 0, TINY, determined=True)[0]
+    assert np.array_equal(other, first[:, :, ::-1])  # the room is its own mirror image
+
+
+def test_a_determined_world_starts_in_the_middle_of_what_a_prompt_allows():
+    _, world = simulate("a medium ball is dropped in normal gravity", 0, TINY, determined=True)
+    # x between 3.1 and 20.9; y between 0.45 x 24 = 10.8 and 24 - 2.8 - 0.5 = 20.7.
+    assert world["bodies"][0]["positions"][0] == [12.0, 15.75]
+    assert world["bodies"][0]["velocities"][0] == [0.0, 0.0]
+
+
+def test_flaws_are_drawn_from_the_seed_in_a_determined_world_too():
+    prompt = "a red ball is dropped in normal gravity and bounces well"
+    gravities = {
+        simulate(prompt, seed, TINY, FlawsConfig(wrong_gravity=1.0), determined=True)[1]["gravity"] for seed in range(8)
+    }
+    assert len(gravities) > 2
+
+
+def test_a_determined_world_refuses_a_crowd():
+    with pytest.raises(RefusedError, match="holds one body, the prompt names 2"):
+        simulate("a red ball and a blue ball", 0, TINY, determined=True)
+
+
+def test_a_share_of_the_videos_has_flaws_and_the_others_are_exact():
+    flaws = FlawsConfig(vanish=1.0, share=0.3)
+    broken = [bool(simulate("a red ball", seed, TINY, flaws)[1]["flaws"]) for seed in range(300)]
+    assert sum(broken) == pytest.approx(90, abs=24)  # three standard deviations of 300 x 0.3
+
+
+def test_the_share_decides_which_videos_are_broken_and_not_how():
+    some, all_of_them = FlawsConfig(wrong_gravity=1.0, share=0.5), FlawsConfig(wrong_gravity=1.0)
+    for seed in range(20):
+        world, wanted = (simulate("a red ball in weak gravity", seed, TINY, flaws)[1] for flaws in (some, all_of_them))
+        assert world["gravity"] == (wanted["gravity"] if world["flaws"] else 15.0)
+
+
+def test_a_style_changes_colours_and_no_motion():
+    style = StyleConfig(tint=(0.5, 1.0, 1.0), dim=0.25)
+    plain, world = simulate("a large white ball", 0, TINY)
+    other, same = simulate("a large white ball", 0, TINY, style=style)
+    assert world == same
+    # A quarter of the way to the grey of 128, then half of the red.
+    wanted = (plain + 0.25 * (128.0 - plain)) * np.array([0.5, 1.0, 1.0])
+    assert np.abs(other - wanted).max() <= 0.5 + 1e-4
