@@ -10,8 +10,8 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from afd_train.discriminator_config import SpaceTimeConfig
-from afd_train.discriminators import Prompts, Space
+from afd_train.discriminator_config import Space, SpaceTimeConfig
+from afd_train.discriminators import Prompts
 from afd_train.student_config import LatentShape, StudentConfig
 
 
