@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from afd_data.config import DataConfig
 from afd_data.section import Config
 from afd_train.discriminator_config import DiscriminatorConfig, SpaceTimeConfig
-from afd_train.objective_config import ADVERSARIAL, AfdConfig, BranchConfig, ObjectiveConfig
+from afd_train.objective_config import ADVERSARIAL, AfdConfig, BranchConfig, GanConfig, ObjectiveConfig
 from afd_train.student_config import StudentConfig
 
 
@@ -70,7 +70,14 @@ class TrainConfig(Config):
     evaluation_ema: float = Field(
         default=0.97, ge=0, lt=1, description="decay of the averaged student that is evaluated"
     )
-    seconds: float | None = Field(default=None, gt=0, description="stop earlier, after this much training time")
+    seconds: float | None = Field(
+        default=None, gt=0, description="stop earlier, after this much training time, warm-ups included"
+    )
+    clock: Literal["wall", "cpu"] = Field(
+        default="wall",
+        description="what train.seconds counts: wall clock, or CPU seconds of this process's threads "
+        "(time.process_time), which other programs do not disturb",
+    )
     save_every_steps: int = Field(default=50, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     validate_every_steps: int = Field(
@@ -148,6 +155,12 @@ class Recipe(DataConfig):
             raise ValueError(problem)
         shape = self.student.latent_shape(self.video)
         runs = (*self.pretrain, self.train)
+        if self.discriminator.space == "pixels" and any(isinstance(run.objective, GanConfig) for run in runs):
+            raise ValueError(
+                f"discriminator.name: gan takes the discriminator's gradient with respect to latents, and "
+                f"{self.discriminator.name} looks at pixels, through whose decoder no gradient is computed; use "
+                "spacetime or features, or train.objective.name afd"
+            )
         if any(run.objective.name in ADVERSARIAL for run in runs) and (
             problem := self.discriminator.problem_with(shape, self.student.chunk_frames)
         ):

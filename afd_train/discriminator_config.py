@@ -12,6 +12,8 @@ from pydantic import Field, model_validator
 from afd_data.section import Config
 from afd_train.student_config import LatentShape
 
+Space = Literal["latents", "pixels"]  # what a discriminator's clips are
+
 
 class MarginBand(Config):
     """Holds the discriminator's margin where its scores rank rollouts (the paper's figure 5).
@@ -68,6 +70,11 @@ class Judging(Config):
         description="end the warm-up when the loss on held-out pairs has not improved for so many steps",
     )
     band: MarginBand | None = Field(default=None, description="control of the learning rate by the margin; default off")
+
+    @property
+    def space(self) -> Space:
+        """What it looks at."""
+        return "latents"
 
     @property
     def per_chunk(self) -> bool:
@@ -161,6 +168,11 @@ class Adapted(Judging):
     alpha: float = Field(default=128.0, gt=0, description="adapters' output is scaled by alpha / rank")
     dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="of the trunk's weights")
     gradient_checkpointing: bool = Field(default=False, description="less memory for a third more time")
+
+    @property
+    def space(self) -> Space:
+        """See `Judging`."""
+        return "pixels"
 
 
 class VJepa2Config(Adapted):

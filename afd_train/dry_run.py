@@ -18,6 +18,7 @@ from afd_data.sample import SPLITS
 from afd_data.teachers import Teacher, open_teacher
 from afd_train.config import Recipe, TrainConfig
 from afd_train.memory import table as memory_table
+from afd_train.objective_config import ADVERSARIAL, DmdConfig, OldPolicy
 from afd_train.recipe import LoadedRecipe
 from afd_train.recipe_yaml import Value, child_of
 from afd_train.runs import cache_folder, eval_folder, stream_source, train_folder
@@ -153,10 +154,20 @@ def _run_text(run: TrainConfig) -> str:
     clips = run.steps * run.prompts_per_step
     limit = f", at most {run.seconds:g} s" if run.seconds else ""
     text = f"{run.objective.name}, {run.steps} steps x {run.prompts_per_step} prompts"
-    if run.objective.name == "afd":
+    if run.objective.name in ADVERSARIAL:
         text += f" x {run.rollouts_per_prompt} rollouts"
         clips *= run.rollouts_per_prompt
-    return f"{text} = {clips} clips{limit}"
+    return f"{text} = {clips} clips{limit}{_before(run)}"
+
+
+def _before(run: TrainConfig) -> str:
+    """What the run learns of the teacher's videos before its first step."""
+    objective = run.objective
+    if isinstance(objective, DmdConfig) and objective.real_steps:
+        return f", after {objective.real_steps} steps x {objective.real_prompts} prompts for the real score"
+    if isinstance(objective, OldPolicy) and objective.sft_steps:
+        return f", after {objective.sft_steps} supervised steps x {run.prompts_per_step} prompts"
+    return ""
 
 
 def _eval_lines(recipe: Recipe, prompts: list[Prompt] | None) -> list[str]:

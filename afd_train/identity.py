@@ -12,11 +12,14 @@ from torch import nn
 
 from afd_data.errors import UserError
 from afd_train.config import Recipe, TrainConfig
+from afd_train.objective_config import DistilConfig, DmdConfig
+from afd_train.students.folder import open_student
 
 # What may change between a run and its resumption without changing what was trained so far.
 FREE_TO_CHANGE = {
     "steps",
     "seconds",
+    "clock",
     "save_every_steps",
     "keep_checkpoints",
     "trackers",
@@ -29,8 +32,10 @@ FREE_TO_CHANGE = {
 def identity_of(recipe: Recipe, config: TrainConfig, net: nn.Module, sharded: bool) -> dict[str, Any]:
     """JSON-able; `net` has the starting weights."""
     sections = {"student": recipe.student, "discriminator": recipe.discriminator, "video": recipe.video}
-    identity = {name: section.model_dump(mode="json") for name, section in sections.items()}
+    identity: dict[str, Any] = {name: section.model_dump(mode="json") for name, section in sections.items()}
     settings = config.model_dump(mode="json", exclude=FREE_TO_CHANGE)
+    if isinstance(config.objective, DistilConfig | DmdConfig) and config.objective.real is not None:
+        identity["real weights"] = _digest(open_student(config.objective.real).net)
     return (
         identity
         | {f"train.{key}": value for key, value in settings.items()}

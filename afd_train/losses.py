@@ -43,6 +43,11 @@ def logistic_loss(teacher_score: Tensor, student_score: Tensor, weight: Tensor |
     return _weighted(F.softplus(-teacher_score), weight) + F.softplus(student_score).mean()
 
 
+def non_saturating_loss(student_score: Tensor) -> Tensor:
+    """What a GAN's generator descends on: -log P(its clip is taken for real).  [B] -> scalar.  0 gives ln 2."""
+    return F.softplus(-student_score).mean()
+
+
 def finite_difference_penalty(score: Tensor, moved_score: Tensor, step: float) -> Tensor:
     """R1 without a second derivative: (D(x + step e) - D(x))^2 / (2 step^2), e standard normal; [B], [B] -> scalar.
 

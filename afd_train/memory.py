@@ -13,6 +13,7 @@ from typing import Any
 from afd_train import memory_parts, memory_phases
 from afd_train.config import FullConfig, LoraConfig, Recipe, TrainConfig
 from afd_train.memory_parts import Load, Part
+from afd_train.objective_config import ADVERSARIAL
 
 GIB = 2**30
 CUDA_BYTES = GIB  # an allowance, not a sum
@@ -107,7 +108,7 @@ def _changes(run: TrainConfig, clips: int, processes: int) -> Iterator[_Change]:
     halves = [clips >> power for power in range(1, clips.bit_length())]
     yield _Change([{"clips_per_pass": count} for count in halves], "the same gradient, in more and smaller passes")
     forced = run.objective.name == "afd" and run.objective.context_gradient
-    if run.objective.name == "afd" and not forced and not run.chunk_by_chunk:
+    if run.objective.name in ADVERSARIAL and not forced and not run.chunk_by_chunk:
         yield _Change([{"chunk_by_chunk": True}], "the same gradient, one backward pass a chunk")
     if not run.gradient_checkpointing:
         yield _Change([{"gradient_checkpointing": True}], "the same gradient; the update takes about a third longer")

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from afd_train.config import FullConfig, LoraConfig, Recipe, TrainConfig
+from afd_train.objective_config import ADVERSARIAL, MATCHING, policies_of
 from afd_train.student_config import LatentShape, StudentConfig
 
 PATCH = 2  # latent pixels a side of a token of Wan's transformer
@@ -40,9 +41,9 @@ class Load:
     @staticmethod
     def of(recipe: Recipe, run: TrainConfig, processes: int) -> Load:
         """The largest share of a step that one of `processes` has."""
-        group = run.rollouts_per_prompt if run.objective.name == "afd" else 1
+        group = run.rollouts_per_prompt if run.objective.name in ADVERSARIAL else 1
         prompts = math.ceil(run.prompts_per_step / processes)
-        limit = None if run.objective.name == "distil" else run.clips_per_pass  # distil draws all clips at once
+        limit = None if run.objective.name in MATCHING else run.clips_per_pass  # these draw all clips at once
         clips = min(limit or prompts * group, prompts * group)
         shape = recipe.student.latent_shape(recipe.video)
         return Load(
@@ -90,23 +91,25 @@ def weights(student: StudentConfig, run: TrainConfig, load: Load) -> list[Part]:
 def copies(student: StudentConfig, run: TrainConfig, load: Load) -> list[Part]:
     """The policies and networks beside the student."""
     (count, size), parts = trained(student, run), []
-    if run.objective.name == "distil":
+    if run.objective.name in MATCHING:
         fake = (3 if student.dtype == "float32" else 4) * FLOAT32 * parameter_count(student)
         parts.append(Part("scores", 2 * weight_bytes(student) + fake, "the real one; the fake one with its optimiser"))
     if isinstance(run.policy, FullConfig) and run.policy.offload:
         return parts
     parts.append(sharded_part("evaluation average", FLOAT32 * count, "float32", load.shards))
-    if run.objective.name == "afd":
+    kept = policies_of(run.objective)
+    if "old" in kept:
         parts.append(sharded_part("old policy", FLOAT32 * count, "float32", load.shards))
-        if isinstance(run.policy, FullConfig):
-            parts.append(sharded_part("reference", size, student.dtype, load.shards))
+    if "reference" in kept and isinstance(run.policy, FullConfig):
+        parts.append(sharded_part("reference", size, student.dtype, load.shards))
     return parts
 
 
 def clips(student: StudentConfig, run: TrainConfig, load: Load) -> list[Part]:
     """Latents, float32.
 
-    Of a step as drawn and as remembered, noised, as targets and as the old policy sees them; of a pass at all steps.
+    Of a step as drawn and as remembered, noised, as targets and as the old policy sees them (for gan: before the last
+    step, the gradient, and as the reference sees them); of a pass at all steps.
     """
     shape = load.shape
     latents = shape.frames * shape.channels * shape.height * shape.width
@@ -118,7 +121,7 @@ def clips(student: StudentConfig, run: TrainConfig, load: Load) -> list[Part]:
 
 def discriminator(recipe: Recipe, run: TrainConfig, load: Load) -> list[Part]:
     """Its weights, gradients and optimiser."""
-    if run.objective.name != "afd":
+    if run.objective.name not in ADVERSARIAL:
         return []
     config, shape, dim = recipe.discriminator, load.shape, recipe.discriminator.dim
     patch = shape.channels * config.patch**2 * config.tubelet_frames

@@ -35,7 +35,8 @@ class DistilConfig(FakeScore):
     name: Literal["distil"] = "distil"
     real: str | None = Field(
         default=None,
-        description="folder of the flow-matching model whose score is the real one; default: the starting student",
+        description="folder of the flow-matching student whose score is the real one (`base`: the one afd ships); "
+        "default: the starting student",
     )
 
 
@@ -45,11 +46,12 @@ class DmdConfig(FakeScore):
     name: Literal["dmd"] = "dmd"
     real: str | None = Field(
         default=None,
-        description="folder of the flow-matching model that is fine-tuned; default: the starting student, "
+        description="folder of the flow-matching student that is fine-tuned (`base`: the one afd ships); "
+        "default: the starting student, "
         "which few-step distillation has made a bad score",
     )
     real_steps: int = Field(default=300, ge=0, description="flow-matching updates of it before the student moves")
-    real_learning_rate: float = Field(default=5e-4, gt=0)
+    real_learning_rate: float = Field(default=5e-4, gt=0, description="of these updates")
     real_prompts: int = Field(default=16, ge=1, description="clips of the teacher in such an update")
 
 
@@ -150,4 +152,18 @@ ObjectiveConfig = Annotated[
     AfdConfig | BranchConfig | SftConfig | GanConfig | DmdConfig | DistilConfig | FlowMatchingConfig,
     Field(discriminator="name"),
 ]
-ADVERSARIAL = ("afd", "afd-branch", "gan")  # objectives that have a discriminator
+ADVERSARIAL = ("afd", "afd-branch", "gan")  # objectives that have a discriminator, and K rollouts of a prompt
+SUPERVISED = ("flow-matching", "sft")  # objectives on the teacher's videos alone
+MATCHING = ("distil", "dmd")  # objectives that have a real and a fake score
+
+
+def policies_of(objective: ObjectiveConfig) -> tuple[Literal["old", "reference", "behind"], ...]:
+    """The policies that it compares the student with."""
+    match objective:
+        case AfdConfig(off_policy_steps=steps) if steps:
+            return ("old", "reference", "behind")
+        case AfdConfig() | BranchConfig():
+            return ("old", "reference")
+        case GanConfig(prior_weight=weight) | SftConfig(prior_weight=weight) if weight:
+            return ("reference",)
+    return ()

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from afd_data.errors import UserError
 from afd_train.config import DiscriminatorConfig, TrainConfig
-from afd_train.objective_config import ADVERSARIAL
+from afd_train.objective_config import ADVERSARIAL, DmdConfig
 from afd_train.students.causal_wan import CausalWan
 
 PATIENCE = timedelta(hours=6)  # of a process that waits, such as for the first one to cache the teacher's videos
@@ -169,6 +169,8 @@ def check_processes(config: TrainConfig, discriminator: DiscriminatorConfig, pro
             "train.held_out_per_step": config.held_out_per_step,
             "discriminator.warmup_prompts": discriminator.warmup_prompts,
         }
+    if isinstance(config.objective, DmdConfig):
+        shared["train.objective.real_prompts"] = config.objective.real_prompts
     for key, prompts in shared.items():
         if prompts % processes.count:
             raise UserError(

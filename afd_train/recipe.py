@@ -5,7 +5,8 @@ section whose `name` changes is replaced as a whole.  Every mistake is reported 
 
 Relative paths: what belongs to a recipe (`prompts.source`, `prompts.test_source`, `extends`) is found beside the file
 that names it and becomes absolute here; what belongs to the machine (`out`, `teacher.path`, `cache.folder`,
-`stream.folder`, `student.init`) is relative to where `afd` runs, as is everything given with `--set`.
+`stream.folder`, `student.init`, an objective's `real`) is relative to where `afd` runs, as is everything given with
+`--set`.
 Torch-free.
 """
 

@@ -72,6 +72,19 @@ class Rollout:
     cache: KVCache
     visited: tuple[Tensor, ...]
 
+    def left(self, sampler: Sampler, before_end: int) -> tuple[Tensor, Tensor]:
+        """What the network saw so many steps before the last one of every chunk, or at its first where it has fewer.
+
+        For the clips that `sampler` drew: [B, F, C, H, W] and times [B, F].
+        """
+        noisy, times = [], []
+        for index, visited in enumerate(self.visited):
+            of_chunk = sampler.times if index else sampler.first_times
+            leave = max(0, len(of_chunk) - 1 - before_end)
+            noisy.append(visited[leave])
+            times.append(torch.full(visited.shape[1:3], of_chunk[leave], device=visited.device))
+        return torch.cat(noisy, 1), torch.cat(times, 1)
+
 
 class Noise(Protocol):
     """Where a rollout's noise comes from: [B, chunk, C, H, W], standard normal, in the order of use."""

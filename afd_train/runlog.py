@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from accelerate import Accelerator
 
@@ -35,6 +36,11 @@ class Stopwatch:
         """Seconds since the last call, by part."""
         seconds, self._seconds = self._seconds, {}
         return {f"seconds/{part}": round(value, 4) for part, value in seconds.items()}
+
+
+def clock_of(which: Literal["wall", "cpu"]) -> Callable[[], float]:
+    """Seconds since some moment: of the wall clock, or of this process's threads on all CPUs."""
+    return time.process_time if which == "cpu" else time.perf_counter
 
 
 class RunLog:

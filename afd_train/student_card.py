@@ -15,6 +15,7 @@ import yaml
 
 from afd_data.card import hub_licence, spoken
 from afd_train.config import Recipe, StudentConfig, TrainConfig
+from afd_train.objective_config import ADVERSARIAL
 from afd_train.public import without_machine
 from afd_train.student_data import TeacherData
 from afd_train.students.folder import StudentFile
@@ -168,7 +169,7 @@ def _runs(recipe: Recipe) -> list[list[str]]:
 
 
 def _run(run: TrainConfig) -> list[str]:
-    rollouts = str(run.rollouts_per_prompt) if run.objective.name == "afd" else "-"
+    rollouts = str(run.rollouts_per_prompt) if run.objective.name in ADVERSARIAL else "-"
     policy = f"adapters of rank {run.policy.rank}" if run.policy.name == "lora" else "all weights"
     return [run.objective.name, str(run.steps), str(run.prompts_per_step), rollouts, f"{run.learning_rate:g}", policy]
 

@@ -15,7 +15,6 @@ from the evaluation student of the one before.  The same command again resumes: 
 from __future__ import annotations
 
 import logging
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -36,10 +35,11 @@ from afd_train.checkpoint import (
 from afd_train.config import LoraConfig, Recipe, TrainConfig
 from afd_train.feed import Feed
 from afd_train.identity import check_identity, identity_of
-from afd_train.objectives import Metrics, Setup, open_objective, policies_of
+from afd_train.objective_config import policies_of
+from afd_train.objectives import Metrics, Setup, open_objective
 from afd_train.parallel import Processes, check_processes, open_accelerator, whole
 from afd_train.policies import Policy, Trainee, lora_targets, plain_state
-from afd_train.runlog import RunLog, Stopwatch
+from afd_train.runlog import RunLog, Stopwatch, clock_of
 from afd_train.runs import train_folder
 from afd_train.students.folder import save_adapter, save_student, starting_student
 from afd_train.validation import Validation
@@ -80,7 +80,8 @@ class Trainer:
         self.student = starting_student(recipe.student, recipe.video, recipe.seed, init)
         self._identity = identity_of(recipe, config, self.student.net, self.processes.sharded)
         self._checkpoint = latest_checkpoint(folder / "checkpoints")
-        self._seconds = 0.0  # spent in training steps
+        self._clock = clock_of(config.clock)
+        self._seconds = 0.0  # spent in training steps, and in preparing for them
 
     def run(self) -> None:
         """Go from the last checkpoint, or from nothing, to the last step."""
@@ -145,24 +146,24 @@ class Trainer:
         self.runlog = RunLog(self.folder, self.accelerator, step, self.config.steps)
         try:
             if step is None:
-                step = 0
                 self._export("base", "student")
+                start = self._clock()
                 self.objective.prepare(self._log)
-                self._save(step)
-            self._loop(step)
+                self._seconds += self.processes.mean({"seconds": self._clock() - start})["seconds"]
+                self._save(0)
+            self._loop(step or 0)
         finally:
             self.runlog.close()
 
     def _loop(self, first: int) -> None:
         config = self.config
-        per_process = config.prompts_per_step // self.processes.count
         for step in range(first, config.steps):
-            start = time.perf_counter()
+            start = self._clock()
             with self.watch("data"):
-                examples = self.feed.stream.next_batch(per_process)
+                examples = self.feed.stream.next_batch(config.prompts_per_step // self.processes.count)
             metrics = self.objective.step(examples, step)
             # Averaged, so that all processes stop, and sound the alarm, at the same step.
-            metrics = self.processes.mean(metrics | {"seconds": time.perf_counter() - start})
+            metrics = self.processes.mean(metrics | {"seconds": self._clock() - start})
             self._seconds += metrics.pop("seconds")
             metrics["data/generation"] = self.feed.generation
             done = step + 1
@@ -179,7 +180,7 @@ class Trainer:
 
     def _finished(self, steps: int) -> bool:
         limit = self.config.seconds
-        return steps >= self.config.steps or (limit is not None and self._seconds >= limit)
+        return steps >= self.config.steps or (limit is not None and steps > 0 and self._seconds >= limit)
 
     def _log(self, step: int, metrics: Metrics) -> None:
         self.runlog.write(step, metrics, self.watch.read())
@@ -197,12 +198,11 @@ class Trainer:
     def _save(self, step: int, last: bool = False) -> None:
         if not last:  # before the state is taken: the checkpoint records what is read from here on
             self.feed.follow(step)
-        margins = self.setup.margins
         state = {
             "step": step,
             "seconds": self._seconds,
             "data": self.feed.state_dict(),
-            "margins": margins.state_dict(),
+            "margins": self.setup.margins.state_dict(),
             "alarms": self.alarms.state_dict(),
             "identity": self._identity,
         }
@@ -210,7 +210,7 @@ class Trainer:
         self._export("student", "student")
         self._export("ema", "ema")
         if self.processes.main:
-            margins.write(self.folder / MARGINS)
+            self.setup.margins.write(self.folder / MARGINS)
         folder = self.folder / "checkpoints"
         save_checkpoint(folder / f"step-{step:06d}", self._parts(), state, self.processes)
         if self.processes.main:

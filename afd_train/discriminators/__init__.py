@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from afd_train.config import DiscriminatorConfig
-from afd_train.discriminator_config import FeaturesConfig, SpaceTimeConfig, VJepa2Config, VlmConfig
+from afd_train.discriminator_config import FeaturesConfig, Space, SpaceTimeConfig, VJepa2Config, VlmConfig
 from afd_train.students import Student
-
-Space = Literal["latents", "pixels"]
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from afd_train.discriminator_config import SpaceTimeConfig
-from afd_train.discriminators import Prompts, Space
+from afd_train.discriminator_config import Space, SpaceTimeConfig
+from afd_train.discriminators import Prompts
 from afd_train.student_config import LatentShape, StudentConfig
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values [B, heads, N, d] -> [B, heads, N, d]

@@ -27,12 +27,11 @@ from afd_train.objective_config import (
     DmdConfig,
     FlowMatchingConfig,
     GanConfig,
-    ObjectiveConfig,
     SftConfig,
 )
 from afd_train.optimizer import Optimizer
 from afd_train.parallel import Processes
-from afd_train.policies import Policy, Trainee
+from afd_train.policies import Trainee
 from afd_train.rollout import Rollout
 from afd_train.runlog import Stopwatch
 from afd_train.students import Clip, Student
@@ -114,20 +113,6 @@ class Objective(Protocol):
     def step(self, examples: Sequence[Example], step: int) -> Metrics:
         """One update of each network."""
         ...
-
-
-def policies_of(objective: ObjectiveConfig) -> tuple[Policy, ...]:
-    """The policies that it compares the student with."""
-    match objective:
-        case AfdConfig(off_policy_steps=steps) if steps:
-            return ("old", "reference", "behind")
-        case AfdConfig() | BranchConfig():
-            return ("old", "reference")
-        case GanConfig():
-            return ("reference",)
-        case SftConfig(prior_weight=weight) if weight:
-            return ("reference",)
-    return ()
 
 
 def open_objective(setup: Setup) -> Objective:

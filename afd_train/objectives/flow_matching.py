@@ -1,8 +1,12 @@
-"""Teacher-forced flow matching on the cached videos: pre-training, and supervised fine-tuning of a base student."""
+"""Teacher-forced flow matching on the cached videos: pre-training, and a part of other objectives.
+
+Every chunk is noised to a time of its own and sees the clean chunks before it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +24,7 @@ SMALLEST_TIME = 0.02  # below it nothing is left to predict, and 1 / t of a clea
 
 
 class FlowMatching:
-    """Every chunk at a time of its own, on the clean chunks before it."""
+    """See the module's docstring."""
 
     def __init__(self, setup: Setup):
         self._setup = setup
@@ -32,26 +36,89 @@ class FlowMatching:
 
     def step(self, examples: Sequence[Example], step: int) -> Metrics:
         """One update on the teacher's videos."""
-        setup = self._setup
-        total = 0.0
-        for part in parts_of(len(examples), 1, setup.config.clips_per_pass):
-            some = examples[part.prompts]
-            with setup.watch("encode"):
-                clips, text = setup.latents(some), setup.text(some)
-            with setup.watch("update"):
-                draws = setup.draws(step, "flow matching", some)
-                loss = teacher_forced_loss(setup.trainee.net, clips, text, draws) * len(some) / len(examples)
-                setup.trainee.accumulate(loss)
-                total += float(loss.detach())
-        return {"student/loss": total, "student/grad_norm": setup.trainee.step(step)}
+        loss = accumulate_teacher_forced(self._setup, examples, step)
+        return {"student/loss": loss, "student/grad_norm": self._setup.trainee.step(step)}
+
+
+@dataclass(frozen=True)
+class Forced:
+    """Clips noised for teacher forcing; clips, noise: [B, F, C, H, W]; t: [B, F]; text: [B, L, D].
+
+    share: of all clips of the step.
+    """
+
+    clips: Tensor
+    noise: Tensor
+    t: Tensor
+    text: Tensor
+    share: float = 1.0
+
+    @staticmethod
+    def of(net: CausalWan, clips: Tensor, text: Tensor, draws: Draws, share: float = 1.0) -> Forced:
+        """One uniform time a chunk."""
+        t = chunk_times(clips.shape[1], net.chunk_frames, draws)
+        return Forced(clips, draws.normal(*clips.shape[1:]), t, text, share)
+
+    def velocity(self, net: CausalWan) -> Tensor:
+        """What the network says: [B, F, C, H, W]."""
+        return net(noised(self.clips, self.noise, self.t), self.t, self.text, clean=self.clips)
+
+    def loss(self, net: CausalWan, v: Tensor) -> Tensor:
+        """Flow matching of these velocities of `net`: a scalar."""
+        return flow_matching_loss(v, velocity(self.clips, self.noise), frame_weight(net, self.t))
+
+
+def teacher_forced_parts(
+    setup: Setup, examples: Sequence[Example], step: int, purpose: str = "flow matching"
+) -> Iterator[Forced]:
+    """The teacher's videos of a step, noised, in parts of `train.clips_per_pass`."""
+    for part in parts_of(len(examples), 1, setup.config.clips_per_pass):
+        some = examples[part.prompts]
+        with setup.watch("encode"):
+            clips, text = setup.latents(some), setup.text(some)
+        draws = setup.draws(step, purpose, some)
+        yield Forced.of(setup.trainee.net, clips, text, draws, len(some) / len(examples))
+
+
+def accumulate_teacher_forced(
+    setup: Setup, examples: Sequence[Example], step: int, purpose: str = "flow matching", scale: float = 1.0
+) -> float:
+    """Add `scale` times the gradient of flow matching on these examples' videos to the student's; returns the loss.
+
+    purpose: of the noise, where a step has others.  No update is made.
+    """
+    net, total = setup.trainee.net, 0.0
+    for forced in teacher_forced_parts(setup, examples, step, purpose):
+        with setup.watch("update"):
+            loss = forced.share * forced.loss(net, forced.velocity(net))
+            setup.trainee.accumulate(scale * loss)
+            total += float(loss.detach())
+    return total
+
+
+def warm_start(setup: Setup, steps: int, log: Callable[[int, Metrics], None]) -> None:
+    """Supervised updates of the student before the first of another objective, and before its discriminator learns.
+
+    They are logged as the steps before the discriminator's warm-up.  The old policy starts where they end; the
+    reference stays the student that the run started from.
+    """
+    if not steps:
+        return
+    config = setup.config
+    for index in range(steps):
+        step = index - steps - setup.discriminator.warmup_steps
+        examples = setup.stream.next_batch(config.prompts_per_step // setup.processes.count)
+        loss = accumulate_teacher_forced(setup, examples, step)
+        norm = setup.trainee.step(min(index, config.steps - 1))
+        log(step, setup.processes.mean({"student/loss": loss, "student/grad_norm": norm}))
+    if "old" in setup.trainee.copies:
+        setup.trainee.follow("old", 0.0)
 
 
 def teacher_forced_loss(net: CausalWan, clips: Tensor, text: Tensor, draws: Draws) -> Tensor:
     """Flow matching with one uniform time a chunk.  clips: [B, F, C, H, W]; text: [B, L, D] -> scalar."""
-    t = chunk_times(clips.shape[1], net.chunk_frames, draws)
-    noise = draws.normal(*clips.shape[1:])
-    v = net(noised(clips, noise, t), t, text, clean=clips)
-    return flow_matching_loss(v, velocity(clips, noise), frame_weight(net, t))
+    forced = Forced.of(net, clips, text, draws)
+    return forced.loss(net, forced.velocity(net))
 
 
 def chunk_times(frames: int, chunk: int, draws: Draws) -> Tensor:

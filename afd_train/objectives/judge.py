@@ -23,6 +23,7 @@ from afd_train.losses import (
     confidence_weight,
     finite_difference_penalty,
     logistic_loss,
+    non_saturating_loss,
 )
 from afd_train.objectives import Metrics, Setup
 from afd_train.objectives.parts import Part, parts_of
@@ -32,13 +33,28 @@ from afd_train.objectives.parts import Part, parts_of
 class Pairs:
     """Scores of a part's clips, [n, S] each, S = 1 or chunks; row i of both is a pair of one prompt.
 
-    `moved`: the teacher's clips again, a small random step away, where the loss asks for it.
+    `moved`: the teacher's clips again, a small random step away, where the loss asks for it; `drawn`: the student's
+    clips as they were judged, [n, F, C, h, w], where the gradient with respect to them is asked for.
     """
 
     teacher: Tensor
     student: Tensor
     takes: int
     moved: Tensor | None = None
+    drawn: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Pull:
+    """What clips lack to pass for the teacher's: a loss, and its gradient with respect to them, [B, F, C, H, W].
+
+    teacher, student: the scores that it follows from, paired, [B, S] each.
+    """
+
+    loss: float
+    gradient: Tensor
+    teacher: Tensor
+    student: Tensor
 
 
 class Judge:
@@ -99,6 +115,34 @@ class Judge:
         """Another clip of the teacher for each example, where the discriminator looks at one."""
         return self._setup.latents(self._others(examples, step)) if self._config.references else None
 
+    def pull(self, examples: Sequence[Example], rollouts: Tensor, step: int) -> Pull:
+        """The student's loss on clean clips: the discriminator's with the sides exchanged; for `logistic` a GAN's own.
+
+        Rounding to 8 bits passes the gradient on as it is.  For discriminators of latents only.
+        """
+        assert self.net.space == "latents"
+        loss_sum, gradients, found = 0.0, [], []
+        with self._setup.watch("discriminator"):
+            for pairs in self._pairs(examples, rollouts, step, noisy=False, followed=True):
+                assert pairs.drawn is not None
+                loss = self._student_loss(pairs) * len(pairs.student) / len(rollouts)
+                gradients += torch.autograd.grad(loss, pairs.drawn)
+                loss_sum += float(loss.detach())
+                found.append((pairs.teacher.detach(), pairs.student.detach()))
+        teacher, student = (torch.cat(side) for side in zip(*found, strict=True))
+        return Pull(loss_sum, torch.cat(gradients), teacher, student)
+
+    def _student_loss(self, pairs: Pairs) -> Tensor:
+        teacher, student = pairs.teacher.mean(1), pairs.student.mean(1)
+        match self._config.loss:
+            case "bt":
+                return bradley_terry_loss(student, teacher)
+            case "bt-chunk":
+                chunks = chunk_bradley_terry_loss(pairs.student, pairs.teacher)
+                return bradley_terry_loss(student, teacher) + self._config.chunk_loss_weight * chunks
+            case "logistic":
+                return non_saturating_loss(student)
+
     def _loss(self, pairs: Pairs) -> Tensor:
         config = self._config
         teacher, student = pairs.teacher.mean(1), pairs.student.mean(1)
@@ -117,8 +161,13 @@ class Judge:
             return loss
         return loss + config.r1_weight * finite_difference_penalty(teacher, pairs.moved.mean(1), config.r1_step)
 
-    def _pairs(self, examples: Sequence[Example], rollouts: Tensor, step: int, noisy: bool) -> Iterator[Pairs]:
-        """Scores of teacher and student, paired, part by part; with the input noise of `step` where it is asked for."""
+    def _pairs(
+        self, examples: Sequence[Example], rollouts: Tensor, step: int, noisy: bool, followed: bool = False
+    ) -> Iterator[Pairs]:
+        """Scores of teacher and student, paired, part by part; with the input noise of `step` where it is asked for.
+
+        followed: the student's scores carry gradient to `Pairs.drawn`.
+        """
         setup, takes = self._setup, len(rollouts) // len(examples)
         teacher, text = setup.latents(examples), setup.text(examples)
         reference = self._reference(examples, step)
@@ -126,7 +175,8 @@ class Judge:
             some, count = examples[part.prompts], len(part.takes)
             group = list(range(len(some)))
             group += [prompt for prompt in range(len(some)) for _ in range(count)]
-            clips = torch.cat([self._own_space(teacher[part.prompts]), self._own_space(rollouts[part.rows], True)])
+            drawn = self._own_space(rollouts[part.rows], True).detach().requires_grad_(followed)
+            clips = torch.cat([self._own_space(teacher[part.prompts]), drawn])
             if noisy:
                 clips = clips + self._noise(some, part, step, clips.shape, torch.tensor(group))
             prompts = Prompts([example.prompt for example in some], text[part.prompts]).of(group)
@@ -138,6 +188,7 @@ class Judge:
                 scores[len(some) :],
                 count,
                 None if moved is None else moved.repeat_interleave(count, 0),
+                drawn if followed else None,
             )
 
     def _own_space(self, latents: Tensor, drawn: bool = False) -> Tensor:

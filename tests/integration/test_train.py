@@ -1,7 +1,9 @@
 """`afd train` on a real small cache: the three objectives, resumption, and what it says when it cannot go on."""
 
+import json
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from safetensors.numpy import load_file
 from afd_data.config import PromptsConfig, StreamConfig
 from afd_data.errors import UserError
 from afd_data.files import one_writer
+from afd_data.stream import Example, Stream
 from afd_data.video import probe
 from afd_train.config import Recipe, TrainConfig
 from afd_train.objective_config import AfdConfig, DistilConfig, FlowMatchingConfig
@@ -248,6 +251,50 @@ def test_a_time_budget_ends_a_run_early_and_for_good(tiny_recipe, tmp_path):
     before = files(folder)
     train(recipe)
     assert files(folder) == before
+
+
+def seconds_of(checkpoint: Path) -> float:
+    return json.loads((checkpoint / "state.json").read_text())["seconds"]
+
+
+def test_a_warm_up_counts_towards_the_time_budget(unbroken):
+    folder = train_folder(unbroken)
+    rows = [row for row in read_metrics(folder / "timings.jsonl") if row["step"] < 0]
+    parts = sum(value for row in rows for key, value in row.items() if key.startswith("seconds/"))
+    assert 0 < parts <= seconds_of(folder / "checkpoints" / "step-000000") + 1e-3  # parts are rounded to 1e-4
+
+
+def test_a_warm_up_that_uses_the_time_up_is_followed_by_one_step_also_after_a_kill(tiny_recipe, tmp_path):
+    recipe = tiny_recipe(tmp_path, train=changed(AFD, seconds=1e-6))
+    folder = train(recipe)
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [-2, -1, 0]
+    expected = files(folder)
+    shutil.rmtree(folder / "checkpoints" / "step-000001")
+    train(recipe)
+    assert files(folder) == expected
+
+
+def test_the_clock_of_the_cpu_does_not_count_what_a_run_waits_for(tiny_recipe, tmp_path, monkeypatch):
+    def slow(self: Stream, count: int) -> list[Example]:
+        time.sleep(0.5)
+        return plain(self, count)
+
+    plain = Stream.next_batch
+    monkeypatch.setattr(Stream, "next_batch", slow)
+    spent = {}
+    for clock in ("wall", "cpu"):
+        folder = train(tiny_recipe(tmp_path / clock, train=changed(PRETRAIN[0], steps=2, clock=clock)))
+        spent[clock] = seconds_of(folder / "checkpoints" / "step-000002")
+    assert spent["wall"] > 1.0  # two steps that wait for half a second each
+    assert 0 < spent["cpu"] < spent["wall"] - 0.5
+
+
+def test_a_run_goes_on_by_another_clock(copy):
+    folder = train_folder(copy)
+    expected = files(folder)
+    forget_after(folder, 4)
+    train(copy.model_copy(update={"train": changed(AFD, clock="cpu")}))
+    assert files(folder) == expected
 
 
 def test_decoding_workers_change_nothing(tiny_recipe, playground_cache, tmp_path):

@@ -43,7 +43,8 @@ def setup_of(tiny_recipe: Callable[..., Any], playground_cache: Path, tmp_path: 
 
     def make(objective: Any, seed: int = 0, frames: int = 4, student: dict | None = None, **settings: Any) -> Setup:
         from afd_data.stream import Stream
-        from afd_train.objectives import Setup, policies_of
+        from afd_train.objective_config import policies_of
+        from afd_train.objectives import Setup
         from afd_train.parallel import Processes, open_accelerator
         from afd_train.policies import Trainee
         from afd_train.runlog import Stopwatch

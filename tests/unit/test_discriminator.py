@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from afd_train.discriminator_config import SpaceTimeConfig
 from afd_train.discriminators import new_discriminator
 from afd_train.discriminators.spacetime import SpaceTime
 from afd_train.losses import bradley_terry_loss

@@ -12,6 +12,7 @@ from afd_train.losses import (
     distribution_matching_loss,
     flow_matching_loss,
     forward_process_loss,
+    non_saturating_loss,
     per_clip_mse,
     prior_loss,
 )
@@ -52,6 +53,15 @@ def test_bradley_terry_pulls_equal_scores_apart_by_a_half_each():
     bradley_terry_loss(teacher, student).backward()
     assert_close(teacher.grad, torch.full((B,), -0.5 / B))
     assert_close(student.grad, torch.full((B,), 0.5 / B))
+
+
+def test_a_gans_student_is_pulled_up_by_what_it_lacks_to_be_taken_for_real():
+    score = torch.tensor([0.0, math.log(3)], requires_grad=True)
+    loss = non_saturating_loss(score)
+    # -log sigmoid(0) = log 2; -log sigmoid(log 3) = -log(3 / 4)
+    assert float(loss.detach()) == pytest.approx((math.log(2) + math.log(4 / 3)) / 2)
+    loss.backward()
+    assert_close(score.grad, torch.tensor([-0.25, -0.125]))  # -(1 - p) / 2
 
 
 def test_certain_scores_neither_overflow_nor_cost_anything():

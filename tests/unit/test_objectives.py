@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from afd_data.stream import Example
 from afd_train.advantages import weights_from_advantages
 from afd_train.draws import Draws
-from afd_train.objective_config import AfdConfig, DistilConfig, FlowMatchingConfig
-from afd_train.objectives import Setup, open_objective, policies_of
+from afd_train.objective_config import AfdConfig, DistilConfig, FlowMatchingConfig, policies_of
+from afd_train.objectives import Setup, open_objective
 from afd_train.objectives.afd import AdversarialFlowDistillation, histogram
+from afd_train.objectives.distil import Distillation
 from afd_train.objectives.flow_matching import chunk_times, frame_weight
 from afd_train.objectives.forward_process import Step
 from afd_train.objectives.judge import Judge, input_noise
@@ -112,9 +113,10 @@ def test_flow_matching_in_parts_takes_the_same_step(setup_of, per_pass):
 def test_distillation_moves_student_and_fake_and_leaves_real(setup_of):
     setup = setup_of(DistilConfig(fake_learning_rate=1e-3))
     objective = open_objective(setup)
+    assert isinstance(objective, Distillation)
     start = weights(setup.student.net)
     metrics = objective.step(prompts_of(setup), step=0)
-    assert distance(weights(objective.modules["real"]), start) == 0
+    assert distance(weights(objective.real), start) == 0
     assert distance(weights(objective.modules["fake"]), start) > 0
     assert distance(weights(setup.student.net), start) > 0
     assert metrics.keys() == {"student/loss", "student/grad_norm", "fake/loss"}

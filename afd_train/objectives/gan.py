@@ -1,0 +1,134 @@
+"""Adversarial training: the discriminator's gradient, through the last denoising step of every chunk.
+
+The baseline that credits a rollout through the network that drew it.  A rollout's clips are what its last steps made
+of noisy chunks, so that the gradient of the loss with respect to the clips, passed through these steps on the clean
+context that the rollout remembered, is that of the student.  Earlier steps and contexts carry none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from afd_data.stream import Example
+from afd_train.flow import clean_from_velocity
+from afd_train.losses import prior_loss
+from afd_train.objective_config import GanConfig
+from afd_train.objectives import Metrics, Setup
+from afd_train.objectives.judge import Judge, told_apart
+from afd_train.objectives.parts import Part, parts_of
+from afd_train.objectives.warmup import held_out, warm_up
+from afd_train.rollout import Sampler
+from afd_train.students.attention import KVCache
+from afd_train.students.causal_wan import CausalWan
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Rollouts of a part of a step, left before the last step of every chunk.
+
+    clips, noisy: [B, F, C, H, W]; t: [B, F]; text: [P, L, D]; context: [B, F - chunk, C, H, W]; cache: its keys and
+    values where all clips of the step were drawn at once.
+    """
+
+    part: Part
+    clips: Tensor
+    noisy: Tensor
+    t: Tensor
+    text: Tensor
+    context: Tensor
+    cache: KVCache | None
+
+
+class Adversarial:
+    """See the module's docstring."""
+
+    def __init__(self, setup: Setup, config: GanConfig):
+        self._setup = setup
+        self._config = config
+        self._judge = Judge(setup)
+        self._sampler = Sampler.of(setup.student.config, training=True)
+        self.modules = {"discriminator": self._judge.net}
+        self.optimizers = {"discriminator": self._judge.optimizer}
+
+    def prepare(self, log: Callable[[int, Metrics], None]) -> None:
+        """Warm the discriminator up."""
+        warm_up(self._setup, self._judge, log)
+
+    def step(self, examples: Sequence[Example], step: int) -> Metrics:
+        """One update of the discriminator and one of the student on K rollouts of every prompt."""
+        setup = self._setup
+        drawn = self._draw(examples, step)
+        clips = torch.cat([some.clips for some in drawn])
+        metrics = self._judge.learn(examples, clips, step, setup.discriminator.learning_rate)
+        pull = self._judge.pull(examples, clips, step)  # of the updated one
+        metrics |= told_apart("clean_", pull.teacher, pull.student)
+        behind = (pull.teacher - pull.student).mean(1).unflatten(0, (len(examples), -1)).mean(1)
+        setup.margins.add(examples, behind, step, setup.processes)
+        metrics["student/loss"] = pull.loss
+        with setup.watch("update"):
+            metrics |= self._update(drawn, pull.gradient, step)
+        return metrics | held_out(setup, self._judge, step)
+
+    def _draw(self, examples: Sequence[Example], step: int) -> list[Drawn]:
+        """Roll out the current student."""
+        setup, drawn = self._setup, []
+        parts = list(parts_of(len(examples), setup.config.rollouts_per_prompt, setup.config.clips_per_pass))
+        for part in parts:
+            some = examples[part.prompts]
+            rollouts = setup.rollout(some, step, part.takes)
+            noisy, t = rollouts.left(self._sampler, before_end=0)
+            cache = rollouts.cache if len(parts) == 1 else None
+            drawn.append(Drawn(part, rollouts.clips, noisy, t, setup.text(some), rollouts.context, cache))
+            del rollouts  # a second cache would not fit beside it
+        return drawn
+
+    def _update(self, drawn: Sequence[Drawn], gradient: Tensor, step: int) -> Metrics:
+        """One step along `gradient`, of the loss with respect to the clips: [P K, F, C, H, W]."""
+        sums = {"prior": 0.0, "reference": 0.0}
+        for some, v_reference in zip(drawn, self._reference(drawn), strict=True):
+            for name, value in self._accumulate(some, gradient, v_reference).items():
+                sums[name] += value
+        metrics = {"student/grad_norm": self._setup.trainee.step(step)}
+        if self._config.prior_weight:
+            metrics["student/reference_distance"] = sums["prior"] / sums["reference"]
+        return metrics
+
+    def _accumulate(self, some: Drawn, gradient: Tensor, v_reference: Tensor | None) -> Metrics:
+        """Add the gradient of a part of the clips; returns its share of the sums in the log."""
+        sums = {"prior": 0.0, "reference": 0.0}
+        share = len(some.clips) / len(gradient)
+        for frames, v in self._velocities(self._setup.trainee.net, some, some.cache):
+            clean = clean_from_velocity(some.noisy[:, frames], v, some.t[:, frames])
+            loss = (clean * gradient[some.part.rows, frames]).sum()
+            if v_reference is not None:
+                size = share * v.shape[1] / some.noisy.shape[1]
+                prior = size * prior_loss(v, v_reference[:, frames])
+                loss = loss + self._config.prior_weight * prior
+                sums["prior"] += float(prior.detach())
+                sums["reference"] += size * float(v_reference[:, frames].square().mean())
+            self._setup.trainee.accumulate(loss)
+        return sums
+
+    def _reference(self, drawn: Sequence[Drawn]) -> list[Tensor] | list[None]:
+        """The reference's velocities at the same places, [B, F, C, H, W] a part; it takes the student's place once."""
+        if not self._config.prior_weight:
+            return [None] * len(drawn)
+        setup = self._setup
+        with setup.trainee.acting("reference") as net, setup.processes.unsharded(net):
+            return [torch.cat([v for _, v in self._velocities(net, some, None)], 1) for some in drawn]
+
+    def _velocities(self, net: CausalWan, some: Drawn, cache: KVCache | None) -> Iterator[tuple[slice, Tensor]]:
+        """The network's velocities on the clean context, for all frames at once or chunk by chunk, and which."""
+        if cache is None:
+            with self._setup.processes.unsharded(net):
+                memory = net.memory(some.context.shape[1])
+                cache = net.remember(some.context, some.text, memory, self._sampler.context_time)
+        frames = some.noisy.shape[1]
+        size = net.chunk_frames if self._setup.config.chunk_by_chunk else frames
+        for first in range(0, frames, size):
+            piece = slice(first, first + size)
+            yield piece, net.chunks(some.noisy[:, piece], some.t[:, piece], some.text, cache, first)
