@@ -17,6 +17,7 @@ from afd_data.stream import Example
 from afd_train.advantages import advantages_of, shuffled, weights_from_advantages
 from afd_train.objective_config import AfdConfig
 from afd_train.objectives import Metrics, Setup
+from afd_train.objectives.flow_matching import accumulate_teacher_forced, warm_start
 from afd_train.objectives.forward_process import ForwardProcess, Step
 from afd_train.objectives.judge import Judge, told_apart
 from afd_train.objectives.warmup import held_out, warm_up
@@ -37,7 +38,8 @@ class AdversarialFlowDistillation:
         self.optimizers = {"discriminator": self._judge.optimizer}
 
     def prepare(self, log: Callable[[int, Metrics], None]) -> None:
-        """Warm the discriminator up."""
+        """Supervised steps where the recipe wants them, then the discriminator's warm-up."""
+        warm_start(self._setup, self._config.sft_steps, log)
         warm_up(self._setup, self._judge, log)
 
     def step(self, examples: Sequence[Example], step: int) -> Metrics:
@@ -54,6 +56,9 @@ class AdversarialFlowDistillation:
         metrics["advantage/spread"] = float(scores.mean(2).std(1).mean())
         advantages = self._advantages(examples, scores, step).flatten(0, 1)
         weight = weights_from_advantages(advantages, self._config.advantage_clip)
+        if self._config.sft_weight:
+            anchor = accumulate_teacher_forced(self._setup, examples, step, "anchor", self._config.sft_weight)
+            metrics["student/anchor_loss"] = anchor
         with self._setup.watch("update"):
             metrics |= self._forward_process.update(drawn, weight)
         self._setup.trainee.follow("old", old_policy_decay(self._config, step + 1))

@@ -32,6 +32,7 @@ from afd_train.losses import branch_shift, branching_loss, prior_loss
 from afd_train.objective_config import BranchConfig
 from afd_train.objectives import Metrics, Setup
 from afd_train.objectives.branching import Branches, draw_branches
+from afd_train.objectives.flow_matching import accumulate_teacher_forced, warm_start
 from afd_train.objectives.judge import Judge, told_apart
 from afd_train.objectives.parts import Part, parts_of
 from afd_train.objectives.warmup import held_out, warm_up
@@ -63,7 +64,8 @@ class BranchedFlowDistillation:
         self.optimizers = {"discriminator": self._judge.optimizer}
 
     def prepare(self, log: Callable[[int, Metrics], None]) -> None:
-        """Warm the discriminator up."""
+        """Supervised steps where the recipe wants them, then the discriminator's warm-up."""
+        warm_start(self._setup, self._config.sft_steps, log)
         warm_up(self._setup, self._judge, log)
 
     def step(self, examples: Sequence[Example], step: int) -> Metrics:
@@ -77,6 +79,9 @@ class BranchedFlowDistillation:
         scores = self._judge.score_branches(examples, branches.followed, branches.candidates, step)
         metrics["advantage/spread"] = float(scores.std(1).mean())
         advantages = self._advantages(examples, scores, step)
+        if self._config.sft_weight:
+            anchor = accumulate_teacher_forced(setup, examples, step, "anchor", self._config.sft_weight)
+            metrics["student/anchor_loss"] = anchor
         with setup.watch("update"):
             metrics |= self._update(examples, branches, advantages, step)
         setup.trainee.follow("old", old_policy_decay(self._config, step + 1))

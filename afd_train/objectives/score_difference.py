@@ -34,7 +34,8 @@ class ScoreDifference:
         self._setup = setup
         self._config = config
         self._real = real
-        self.fake = frozen_copy(setup.trainee.net).requires_grad_(True)
+        # A few-step student is a bad score even of its own videos: the fake one starts where the real one does.
+        self.fake = frozen_copy(real).requires_grad_(True)
         self.optimizer = setup.optimizer(self.fake, weight_decay=1e-2, betas=(0.0, 0.99))
 
     def step(self, examples: Sequence[Example], step: int) -> Metrics:

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from afd_train.discriminator_config import SpaceTimeConfig
 from afd_train.losses import forward_process_loss
-from afd_train.objective_config import AfdConfig
+from afd_train.objective_config import AfdConfig, BranchConfig
 from afd_train.objectives import Setup, open_objective
 from afd_train.objectives.afd import AdversarialFlowDistillation
 from afd_train.objectives.forward_process import ForwardProcess, Step
@@ -95,3 +95,18 @@ def test_off_policy_rollouts_are_those_of_the_student_some_steps_ago(setup_of):
     current = setup.rollout(examples, 2, range(TAKES)).clips
     assert_close(objective._drawn(examples, 2).clips, current, rtol=0, atol=1e-6)
     assert not torch.allclose(setup.rollout(examples, 1, range(TAKES)).clips, before, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["afd", "afd-branch"])
+def test_supervised_steps_come_before_the_first_and_an_anchor_beside_every_one(setup_of, name):
+    config = {"afd": AfdConfig, "afd-branch": BranchConfig}[name](sft_steps=2, sft_weight=0.5)
+    setup = setup_of(config, prompts_per_step=PROMPTS)
+    setup.discriminator = SpaceTimeConfig(
+        dim=16, heads=2, layers=1, chunk_causal=True, warmup_steps=1, warmup_prompts=4
+    )
+    objective, rows = open_objective(setup), []
+    objective.prepare(lambda step, metrics: rows.append((step, sorted(metrics)[0].partition("/")[0])))
+    assert rows == [(-3, "student"), (-2, "student"), (-1, "discriminator")]
+    for old, student in zip(setup.trainee.copies["old"], setup.trainee.optimizer.masters, strict=True):
+        assert torch.equal(old, student.detach())
+    assert objective.step(setup.stream.next_batch(PROMPTS), 0)["student/anchor_loss"] > 0
