@@ -53,6 +53,10 @@ class PlaygroundConfig(Config):
 
     name: Literal["playground"] = "playground"
     flaws: FlawsConfig = FlawsConfig()
+    determined: bool = Field(
+        default=False,
+        description="the prompt fixes the whole video: starts in the middle of their range, a smooth floor",
+    )
 
 
 class FolderConfig(Adaptation, Terms):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from afd_data.files import atomic_write
-from afd_train.evaluation import figures
+from afd_train.evaluation import figures, quantities
 from afd_train.evaluation.compare import Cell, Comparison, Summary
 from afd_train.evaluation.metric import Metric
 
@@ -119,6 +119,15 @@ def show_p(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
+def note(cell: Cell) -> str:
+    """What happened to the videos that could not be measured; "" where there are none."""
+    if not cell.failed:
+        return ""
+    if cell.metric in quantities.METRICS:  # there they are left out
+        return f"{100 * cell.failed / cell.clips:.1f} % not measurable"
+    return f"{cell.failed} of {cell.clips} failed"
+
+
 def _decimals(metric: Metric) -> int | None:
     """Decimals of per cent; None where the unit is not a share.  Errors of full scale are small and get one more."""
     if not metric.unit.startswith("share"):
@@ -197,8 +206,7 @@ def _cell(cell: Cell | None, metric: Metric) -> dict[str, str]:
     if cell is None:
         return {"mean": "-", "interval": "", "note": ""}
     interval = "" if cell.lo is None else f"{show(cell.lo, metric)} to {show(cell.hi, metric)}"
-    note = f"{cell.failed} of {cell.clips} failed" if cell.failed else ""
-    return {"mean": show(cell.mean, metric), "interval": interval, "note": note}
+    return {"mean": show(cell.mean, metric), "interval": interval, "note": note(cell)}
 
 
 def _delta(found: Comparison | None, metric: Metric) -> dict[str, str]:
