@@ -21,11 +21,12 @@ Log = Sequence[Mapping[str, float]]
 def forest(comparisons: Sequence[Comparison], methods: Sequence[str]) -> str:
     """A panel a metric in its own unit, a line a method: difference to the baseline with its interval.
 
-    Green is better and red worse where Holm's p is below 0.05.  "" when there is no interval to draw.
+    Green is better and red worse where Holm's p is below 0.05.  Metrics in which no method differs at all are left out;
+    "" when nothing is left.
     """
     drawn = [found for found in comparisons if found.lo is not None and found.hi is not None]
-    metrics = [*dict.fromkeys(found.metric for found in drawn)]
-    if not drawn:
+    metrics = [*dict.fromkeys(found.metric for found in drawn if (found.lo, found.hi) != (0, 0))]
+    if not metrics:
         return ""
     rows = -(-len(metrics) // COLUMNS)
     figure, grid = open_grid(rows, min(COLUMNS, len(metrics)), 9.6, rows * (0.75 + 0.2 * len(methods)))

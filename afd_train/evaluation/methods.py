@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from afd_data.errors import UserError
-from afd_train.evaluation import quantities, stats
+from afd_train.evaluation import quantities, relative, stats
 from afd_train.evaluation.compare import Cell, Comparison, Summary, cell_of, paired, prompt_means, with_holm
 from afd_train.evaluation.metric import Metric
 from afd_train.evaluation.runs import Run, methods_of
@@ -72,9 +72,11 @@ def compare_methods(runs: Sequence[Run], baseline: str | None, resamples: int) -
     for name, metric in metrics.items():
         values = _PromptValues(name, metric, runs)
         found = [cell for column in columns if (cell := _cell(values, column, resamples))]
-        if not found:
-            skipped[name] = "no video could be measured"
+        if missing := [column.name for column in columns if column.name not in {cell.policy for cell in found}]:
+            skipped[name] = f"of {', '.join(missing)}"
         cells += found
+        if name in relative.METRICS:  # its source is tested
+            continue
         tested = [_comparison(values, method, chosen, each, resamples) for method, each in pairs.items()]
         comparisons += [comparison for comparison in tested if comparison]
     for method, each in pairs.items():
