@@ -11,6 +11,7 @@ import click
 from . import stages
 from .cache import cache
 from .errors import MistakesGroup
+from .evaluation import evaluate
 from .options import RECIPE_HELP, recipe_options
 from .students import export, push_student
 
@@ -95,18 +96,6 @@ def train(recipe) -> None:
     stages.train(recipe)
 
 
-@main.command("eval", epilog=RECIPE_HELP, short_help="Compare base and student, report.")
-@recipe_options
-def evaluate(recipe) -> None:
-    """Generate from base and student on held-out prompts, measure, and write OUT/eval/report.html.
-
-    \b
-      afd eval quickstart
-      afd eval quickstart --set eval.clips_per_prompt=8
-    """
-    stages.evaluate(recipe)
-
-
 @main.command(epilog=RECIPE_HELP, short_help="All stages of a recipe in order.")
 @recipe_options
 @click.option(
@@ -152,6 +141,7 @@ def generate(student: str, prompt: str, output: Path, seed: int, chunks: int | N
     stages.generate(student, prompt, output, seed, chunks, image)
 
 
+main.add_command(evaluate)
 main.add_command(export)
 main.add_command(push_student)
 main.add_command(cache)

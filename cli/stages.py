@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
@@ -90,6 +90,17 @@ def evaluate(recipe) -> None:
     report = evaluate(recipe)
     click.echo("\n".join(result_lines(report.parent / "results.json", recipe.eval.primary_metric)))
     click.echo(f"Report: {report}")
+
+
+def compare(folders: Sequence[Path], output: Path, baseline: str | None) -> None:
+    """Compare evaluated runs and print the result lines and the page's path."""
+    from afd_train.evaluation.compare_runs import compare_runs
+    from afd_train.evaluation.method_report import sentences
+
+    table = compare_runs(folders, output, baseline)
+    for _, sentence in sentences(table):
+        click.echo(sentence)
+    click.echo(f"Comparison: {output / 'compare.html'}")
 
 
 def export(recipe) -> None:

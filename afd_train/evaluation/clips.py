@@ -1,7 +1,8 @@
 """The videos of an evaluation: the teacher's from the cache's tars, the students' generated once and kept as mp4.
 
-A generated video counts when it lies under its final name; another checkpoint, seed, format or sampler empties its
-folder first.  All videos are decoded from files, so that teacher and students have gone through the same codec.
+The teacher's first takes are copied beside them.  A generated video counts when it lies under its final name; another
+checkpoint, seed, format or sampler empties its folder first.  All videos are decoded from files, so that teacher and
+students have gone through the same codec.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ SOURCE = "source.json"
 
 @dataclass(frozen=True)
 class Clip:
-    """A video to be measured.  `load` decodes it: uint8 [F, H, W, 3].  `step`: -1 for the teacher."""
+    """A video to be measured.  `load` decodes it: uint8 [F, H, W, 3].  `step`: -1 for the teacher.
+
+    `sha256` is that of the teacher's file, which stays as it was sealed; "" for videos made here.
+    """
 
     policy: str
     prompt_id: str
@@ -40,6 +44,7 @@ class Clip:
     take: int
     step: int
     load: Callable[[], np.ndarray]
+    sha256: str = ""
 
 
 def teacher_clips(folder: Path, split: str, prompts: int | None, decoder: Decoder) -> list[Clip]:
@@ -57,9 +62,33 @@ def teacher_clips(folder: Path, split: str, prompts: int | None, decoder: Decode
     reading = Reading(folder, decoder, video=None, decode=False)
     examples = [read_example(reading, places[key]) for key in sorted(places) if places[key].prompt_id in chosen]
     return [
-        Clip("teacher", example.prompt_id, example.prompt, example.take, -1, _in_tar(reading, places[example.key]))
+        Clip(
+            "teacher",
+            example.prompt_id,
+            example.prompt,
+            example.take,
+            -1,
+            _in_tar(reading, places[example.key]),
+            example.mp4_sha256,
+        )
         for example in examples
     ]
+
+
+def set_sha256(clips: Sequence[Clip]) -> str:
+    """One hash of the teacher's videos that were measured: prompts, takes and contents."""
+    lines = sorted(f"{clip.prompt_id} {clip.take} {clip.sha256}" for clip in clips)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def keep_first_takes(clips: Sequence[Clip], target: Path, video: VideoConfig) -> None:
+    """Write the teacher's first take of every prompt to `target`/KEY.mp4, to be shown where there is no cache."""
+    _keep_only(target, {"teacher": set_sha256(clips), "video": video.model_dump()})
+    first = {clip.prompt_id: clip for clip in sorted(clips, key=lambda clip: -clip.take)}
+    for clip in first.values():
+        path = _path(target, clip.prompt_id, 0)
+        if not path.is_file():
+            _write(path, clip.load(), video)
 
 
 def prompts_of(clips: Sequence[Clip]) -> list[tuple[str, str]]:

@@ -89,19 +89,19 @@ def summarise(rows: Iterable[Row], metrics: Mapping[str, Metric], resamples: int
         if not np.isfinite(seen).any():
             summary.skipped[name] = "no video could be measured" if seen.size else "does not apply to this teacher"
             continue
-        units = {policy: _units(group, metric, seen) for policy, group in policies.items()}
+        units = {policy: prompt_means(group, metric, seen) for policy, group in policies.items()}
         for policy, group in policies.items():
-            summary.cells.append(_cell(name, metric, policy, group, units[policy], resamples, seed))
+            summary.cells.append(cell_of(name, metric, policy, group, units[policy], resamples, seed))
         for a, b in PAIRS:
             if a in units and b in units and units[a].keys() & units[b].keys():
-                summary.comparisons.append(_paired(name, metric, a, b, units, resamples, seed))
+                summary.comparisons.append(paired(name, metric, a, b, units, resamples, seed))
     return summary
 
 
 def with_holm(comparisons: Sequence[Comparison], primary: str) -> list[Comparison]:
     """The same comparisons with `p_holm` (Holm over the metrics of each pair) and the primary metric marked."""
     done = list(comparisons)
-    for pair in PAIRS:
+    for pair in dict.fromkeys((found.a, found.b) for found in done):
         of_pair = [index for index, found in enumerate(done) if (found.a, found.b) == pair]
         for index, p_holm in zip(of_pair, stats.holm([done[index].p for index in of_pair]), strict=True):
             done[index] = replace(done[index], p_holm=p_holm, primary=done[index].metric == primary)
@@ -119,14 +119,23 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
         parquet.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema), file)
 
 
-def _units(group: Sequence[Row], metric: Metric, seen: np.ndarray) -> dict[str, float]:
+def read_rows(path: Path) -> list[Row]:
+    """What `write_rows` has written.  Raises OSError, and pyarrow's ArrowException for a file of another form."""
+    from pyarrow import parquet
+
+    return [Row(**row) for row in parquet.read_table(path, columns=[*Row.__dataclass_fields__]).to_pylist()]
+
+
+def prompt_means(group: Sequence[Row], metric: Metric, seen: np.ndarray) -> dict[str, float]:
+    """Prompt -> mean of one policy's values of a metric, failures as the worst of `seen`."""
     values = stats.failures_as_worst(np.array([row.value for row in group]), metric.better, seen)
     return stats.unit_means([row.prompt_id for row in group], values)
 
 
-def _cell(
+def cell_of(
     name: str, metric: Metric, policy: str, group: Sequence[Row], units: dict[str, float], resamples: int, seed: int
 ) -> Cell:
+    """Mean and interval of one policy's `prompt_means` (units); its rows are counted."""
     found = stats.bootstrap_interval(np.array(list(units.values())), resamples, seed)
     lo, hi = found.lo, found.hi
     if metric.unit == "share of videos" and found.mean in (0.0, 1.0):
@@ -136,9 +145,10 @@ def _cell(
     return Cell(name, policy, found.mean, _number(lo), _number(hi), found.n, len(group), failed)
 
 
-def _paired(
-    name: str, metric: Metric, a: str, b: str, units: dict[str, dict[str, float]], resamples: int, seed: int
+def paired(
+    name: str, metric: Metric, a: str, b: str, units: Mapping[str, Mapping[str, float]], resamples: int, seed: int
 ) -> Comparison:
+    """a against b over the prompts that both have.  units: policy -> its `prompt_means`."""
     shared = sorted(units[a].keys() & units[b].keys())
     left = np.array([units[a][prompt] for prompt in shared])
     right = np.array([units[b][prompt] for prompt in shared])

@@ -1,6 +1,7 @@
 """The `eval` stage: base, student and EMA against the teacher on held-out prompts -> OUT/eval.
 
 Reads OUT/train/students/POLICY and the cache; writes videos/POLICY/KEY.mp4, metrics.parquet, results.json, report.html.
+Of the teacher only the first take of each prompt is copied to videos/, so that runs can be shown beside each other.
 Run again: finished videos are kept, everything else is measured anew.  The order of work is the order of `evaluate`.
 """
 
@@ -17,9 +18,9 @@ from afd_data.files import atomic_write, one_writer
 from afd_data.progress import progress_bar
 from afd_train.config import EvalConfig, Recipe
 from afd_train.evaluation import clips as videos
-from afd_train.evaluation import distribution, measure, provenance, report
+from afd_train.evaluation import distribution, measure, provenance, quantities, relative, report
 from afd_train.evaluation.clips import Clip
-from afd_train.evaluation.compare import Row, Summary, summarise, with_holm, write_rows
+from afd_train.evaluation.compare import Summary, summarise, with_holm, write_rows
 from afd_train.evaluation.metric import Metric
 from afd_train.evaluation.showcase import gallery_rows
 from afd_train.runs import eval_folder, stream_folder, student_folder, train_folder
@@ -33,7 +34,8 @@ def evaluate(recipe: Recipe) -> Path:
     Raises UserError when the split has no teacher videos, a student is missing, or the primary metric does not apply.
     """
     out, config = eval_folder(recipe), recipe.eval
-    groups = measure.groups(recipe.teacher.name)
+    world = _world(recipe)
+    groups = measure.groups(world)
     primary = _metric(groups, config.primary_metric)
     cache = stream_folder(recipe)
     teacher = videos.teacher_clips(cache, config.split, config.prompts, recipe.stream.decoder)
@@ -44,11 +46,12 @@ def evaluate(recipe: Recipe) -> Path:
         steps = _training_log(train_folder(recipe) / "metrics.jsonl")
         trained = _exported_step(train_folder(recipe) / "checkpoints")
         clips = teacher + _generated(recipe, students, teacher, trained, cache)
-        rows, features = measure.measure_clips(clips, recipe.video.fps, recipe.teacher.name == "playground")
-        write_rows(out / "metrics.parquet", rows)
-        summary = compare(rows, features, groups, config, recipe.seed)
+        videos.keep_first_takes(teacher, out / "videos" / "teacher", recipe.video)
+        measured = measure.measure_clips(clips, recipe.video.fps, world)
+        write_rows(out / "metrics.parquet", measured.rows)
+        summary = compare(measured, groups, config, recipe.seed)
         cells = f"{len(videos.prompts_of(teacher))} x {config.clips_per_prompt}"
-        header = provenance.header(recipe, checkpoints, trained, cells)
+        header = provenance.header(recipe, checkpoints, trained, cells, videos.set_sha256(teacher))
         _write_results(out / "results.json", header, groups, summary, config.primary_metric)
         page = report.Report(
             title=f"Adversarial Flow Distillation: {recipe.out}",
@@ -56,31 +59,32 @@ def evaluate(recipe: Recipe) -> Path:
             summary=summary,
             groups=groups,
             primary=config.primary_metric,
-            gallery=gallery_rows(clips, rows, primary, config, recipe.video.fps),
+            gallery=gallery_rows(clips, measured.rows, primary, config, recipe.video.fps),
             steps=steps,
         )
         report.write_report(out / "report.html", page)
     return out / "report.html"
 
 
-def compare(
-    rows: Sequence[Row],
-    features: measure.Features,
-    groups: Mapping[str, Mapping[str, Metric]],
-    config: EvalConfig,
-    seed: int,
-) -> Summary:
-    """Cells and comparisons of all metrics, the distance between sets among them, Holm applied."""
-    per_video = {
-        name: metric for group in groups.values() for name, metric in group.items() if name != distribution.NAME
-    }
-    summary = summarise(rows, per_video, config.resamples, seed)
-    cells, comparisons, skipped = distribution.compare_sets(features, config.resamples, seed)
+def compare(measured: measure.Measurements, groups: measure.Groups, config: EvalConfig, seed: int) -> Summary:
+    """Cells and comparisons of all metrics, the distances between sets among them, Holm applied."""
+    summary = summarise(measured.rows, measure.per_video(groups), config.resamples, seed)
+    cells, comparisons, skipped = distribution.compare_sets(measured.features, config.resamples, seed)
+    if measured.quantities:
+        found = quantities.set_distances(measured.quantities, config.resamples, seed)
+        cells, comparisons, skipped = cells + found[0], comparisons + found[1], skipped | found[2]
+        cells += relative.cells(measured.rows, config.resamples, seed)
     return Summary(
         summary.cells + cells,
         with_holm(summary.comparisons + comparisons, config.primary_metric),
         summary.skipped | skipped,
     )
+
+
+def _world(recipe: Recipe) -> measure.World:
+    if recipe.teacher.name != "playground":
+        return measure.World()
+    return measure.World(exact=True, determined=recipe.teacher.determined)
 
 
 def _generated(
@@ -111,8 +115,8 @@ def _generated(
     return found
 
 
-def _metric(groups: Mapping[str, Mapping[str, Metric]], name: str) -> Metric:
-    known = {name: metric for group in groups.values() for name, metric in group.items() if name != distribution.NAME}
+def _metric(groups: measure.Groups, name: str) -> Metric:
+    known = measure.per_video(groups)
     if name not in known:
         raise UserError(
             f"eval.primary_metric: {name!r} is not measured for this teacher. Allowed here: {', '.join(known)}."
@@ -137,7 +141,7 @@ def _training_log(path: Path) -> list[dict[str, float]]:
 def _write_results(
     path: Path,
     header: Mapping[str, Any],
-    groups: Mapping[str, Mapping[str, Metric]],
+    groups: measure.Groups,
     summary: Summary,
     primary: str,
 ) -> None:

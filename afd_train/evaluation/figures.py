@@ -50,7 +50,7 @@ def forest(comparisons: Sequence[Comparison]) -> str:
     axes.set_yticks(range(len(drawn)), labels)
     axes.set_ylim(-0.6, len(drawn) - 0.4)
     axes.set_xlabel(f"worse  <   {drawn[0].a} - {drawn[0].b}, in standard deviations over prompts   >  better")
-    return _svg(figure, "forest")
+    return as_svg(figure, "forest")
 
 
 def curves(steps: Sequence[Mapping[str, float]]) -> str:
@@ -65,7 +65,7 @@ def curves(steps: Sequence[Mapping[str, float]]) -> str:
         return ""
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, grid = _grid(rows, columns, 9.6, 2.1 * rows)
+    figure, grid = open_grid(rows, columns, 9.6, 2.1 * rows)
     for axes, (title, names) in zip(grid, panels, strict=False):
         for name, colour in zip(names, ("#5b8def", "#d9822b"), strict=False):
             points = [(step["step"], step[name]) for step in steps if isinstance(step.get(name), int | float)]
@@ -76,7 +76,7 @@ def curves(steps: Sequence[Mapping[str, float]]) -> str:
             axes.legend(fontsize=7, frameon=False, labelcolor=INK)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
-    return _svg(figure, "curves")
+    return as_svg(figure, "curves")
 
 
 def scatter(cells: Sequence[Cell], across: str, up: str) -> str:
@@ -93,7 +93,7 @@ def scatter(cells: Sequence[Cell], across: str, up: str) -> str:
     axes.set_xlabel(across)
     axes.set_ylabel(up)
     axes.margins(0.15)
-    return _svg(figure, "scatter")
+    return as_svg(figure, "scatter")
 
 
 def _arms(cell: Cell) -> list[list[float]] | None:
@@ -104,11 +104,11 @@ def _arms(cell: Cell) -> list[list[float]] | None:
 
 
 def _figure(width: float, height: float):
-    figure, grid = _grid(1, 1, width, height)
+    figure, grid = open_grid(1, 1, width, height)
     return figure, grid[0]
 
 
-def _grid(rows: int, columns: int, width: float, height: float):
+def open_grid(rows: int, columns: int, width: float, height: float):
     """A figure in inches, and its axes row by row.  Never touches pyplot's global state."""
     from matplotlib.figure import Figure
 
@@ -127,7 +127,7 @@ def _grid(rows: int, columns: int, width: float, height: float):
     return figure, grid
 
 
-def _svg(figure, name: str) -> str:
+def as_svg(figure, name: str) -> str:
     """The <svg> element alone, with ids of its own, colours of the page and no addresses."""
     import matplotlib
 

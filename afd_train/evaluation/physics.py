@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from afd_train.evaluation.flight import Motion, analyse, gaps
 from afd_train.evaluation.metric import Metric
 from afd_train.evaluation.tracking import Track, track
 
-__all__ = ["METRICS", "measure", "track"]
+__all__ = ["METRICS", "Observation", "bounce_ratios", "measure", "observe", "score", "track"]
 
 WORST_RESIDUAL = 2.0  # units
 
@@ -87,29 +88,51 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def measure(video: np.ndarray, fps: float, prompt: str) -> dict[str, float]:
-    """All of `METRICS` for one uint8 video [F, H, W, 3].  Raises RefusedError for a prompt without a known object."""
+@dataclass(frozen=True)
+class Observation:
+    """What one video shows, before anything is judged: the bodies of its prompt (N), where they are, how they move."""
+
+    scene: Scene
+    seen: Track
+    half: np.ndarray  # [N] half heights in units
+    boxes: np.ndarray  # bool [N]
+    room: tuple[float, float]  # width and height in units
+    motion: Motion
+    fps: float
+
+
+def observe(video: np.ndarray, fps: float, prompt: str) -> Observation:
+    """Track the prompt's bodies in uint8 [F, H, W, 3].  Raises RefusedError for a prompt without a known object."""
     scene = parse(prompt)
     height, width = video.shape[1:3]
     seen = track(video, scene)
     room, wall = extent(width, height), wall_rectangle(scene, width, height)
     boxes = np.array([body.shape == "box" for body in scene.bodies])
     half = seen.radii * np.where(boxes, math.sqrt(math.pi) / 2, 1.0)
-    motion = analyse(seen, half, boxes, room, wall, fps)
+    return Observation(scene, seen, half, boxes, room, analyse(seen, half, boxes, room, wall, fps), fps)
+
+
+def measure(video: np.ndarray, fps: float, prompt: str) -> dict[str, float]:
+    """All of `METRICS` for one uint8 video [F, H, W, 3].  Raises RefusedError for a prompt without a known object."""
+    return score(observe(video, fps, prompt))
+
+
+def score(observed: Observation) -> dict[str, float]:
+    """All of `METRICS` for one video that has been observed."""
+    scene, seen, motion, fps = observed.scene, observed.seen, observed.motion, observed.fps
     gravity_error, residual = _flight_errors(scene, motion)
     tracked = float((seen.found.mean(axis=1) >= 0.8).all())
     unknown = not tracked or (math.isnan(motion.gravity) and gravity_error > 0)
-    restitution_error = 1.0 if unknown else _restitution_error(scene, seen, motion, half, fps)
     values = {
         "object_permanence": float(seen.right.mean()),
         "ghost_mass": float(seen.ghost.mean()),
         "gravity_error": gravity_error,
         "parabola_residual": residual,
-        "restitution_error": restitution_error,
-        "energy_rise": _energy_rise(scene, seen, motion, half, fps),
+        "restitution_error": 1.0 if unknown else _restitution_error(observed),
+        "energy_rise": _energy_rise(scene, seen, motion, observed.half, fps),
         "jump": _jump(scene, seen, fps) if tracked else 1.0,
         "motion": _mean_speed(seen, fps),
-        "penetration": _penetration(seen, half, boxes, room),
+        "penetration": _penetration(seen, observed.half, observed.boxes, observed.room),
         "tracked": tracked,
     }
     values["physics_ok"] = float(
@@ -121,6 +144,23 @@ def measure(video: np.ndarray, fps: float, prompt: str) -> dict[str, float]:
         and values["motion"] >= 0.5
     )
     return values
+
+
+def bounce_ratios(observed: Observation) -> list[tuple[int, float]]:
+    """(body, speed after / speed before) of every floor bounce hard enough to tell, from the vertical energy."""
+    seen, motion, fps = observed.seen, observed.motion, observed.fps
+    gravity, ratios = _gravity(observed.scene, motion), []
+    for bounce in motion.bounces:
+        height = seen.positions[bounce.body, :, 1] - observed.half[bounce.body]
+        others = [other.before for other in motion.bounces if other.body == bounce.body]
+        start = max([0, bounce.before - 2, *(b + 1 for b in others if b < bounce.before)])
+        stop = min([len(height), bounce.after + 3, *(b + 1 for b in others if b > bounce.before)])
+        before = _vertical_energy(height[start : bounce.before + 1], gravity, fps)
+        after = _vertical_energy(height[bounce.after : stop], gravity, fps)
+        if before is None or after is None or before < 8.0:  # slower than 4 units/s: too slow to tell
+            continue
+        ratios.append((bounce.body, math.sqrt(max(after, 0.0) / before)))
+    return ratios
 
 
 def _flight_errors(scene: Scene, motion: Motion) -> tuple[float, float]:
@@ -140,19 +180,10 @@ def _gravity(scene: Scene, motion: Motion) -> float:
     return GRAVITIES[scene.gravity or "normal"]
 
 
-def _restitution_error(scene: Scene, seen: Track, motion: Motion, half: np.ndarray, fps: float) -> float:
-    gravity, errors = _gravity(scene, motion), []
-    for bounce in motion.bounces:
-        height = seen.positions[bounce.body, :, 1] - half[bounce.body]
-        others = [other.before for other in motion.bounces if other.body == bounce.body]
-        start = max([0, bounce.before - 2, *(b + 1 for b in others if b < bounce.before)])
-        stop = min([len(height), bounce.after + 3, *(b + 1 for b in others if b > bounce.before)])
-        before = _vertical_energy(height[start : bounce.before + 1], gravity, fps)
-        after = _vertical_energy(height[bounce.after : stop], gravity, fps)
-        if before is None or after is None or before < 8.0:  # slower than 4 units/s: too slow to tell
-            continue
-        ratio = math.sqrt(max(after, 0.0) / before)
-        asked = scene.bodies[bounce.body].bounciness
+def _restitution_error(observed: Observation) -> float:
+    errors = []
+    for body, ratio in bounce_ratios(observed):
+        asked = observed.scene.bodies[body].bounciness
         errors.append(abs(ratio - BOUNCINESS[asked]) if asked else max(0.0, ratio - 1.0))
     return min(float(np.mean(errors)), 1.0) if errors else 0.0
 

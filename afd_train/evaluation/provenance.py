@@ -17,8 +17,11 @@ from afd_train.config import Recipe
 PACKAGES = ("torch", "diffusers", "numpy", "opencv-python-headless", "scipy", "av")
 
 
-def header(recipe: Recipe, checkpoints: Mapping[str, str], step: int, cells: str) -> dict[str, Any]:
-    """Name -> JSON value, in the order of printing.  checkpoints: policy -> sha256 of its folder; cells: "64 x 4"."""
+def header(recipe: Recipe, checkpoints: Mapping[str, str], step: int, cells: str, teacher: str) -> dict[str, Any]:
+    """Name -> JSON value, in the order of printing.
+
+    checkpoints: policy -> sha256 of its folder; cells: "64 x 4"; teacher: sha256 of its videos.
+    """
     video = recipe.video
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -28,9 +31,11 @@ def header(recipe: Recipe, checkpoints: Mapping[str, str], step: int, cells: str
         **{f"checkpoint {policy}": digest for policy, digest in checkpoints.items()},
         "training step": step,
         "teacher": recipe.teacher.name,
+        "teacher's videos": teacher,
         "split": recipe.eval.split,
         "prompts x clips": cells,
         "seeds": f"recipe {recipe.seed}, evaluation {recipe.eval.seed}",
+        "noise seed": recipe.eval.seed,
         "sampler": f"steps {list(recipe.student.steps)} of 1000, shift {recipe.student.shift:g}",
         "video": f"{video.width} x {video.height}, {video.frames} frames, {video.fps:g} fps",
         "statistics": f"unit = prompt; {recipe.eval.resamples} resamples; BCa bootstrap, sign-flip test, Holm",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from afd_data.files import atomic_write
-from afd_train.evaluation import figures
+from afd_train.evaluation import figures, quantities
 from afd_train.evaluation.compare import Cell, Comparison, Summary
 from afd_train.evaluation.metric import Metric
 
@@ -48,6 +48,11 @@ class Report:
 
 def write_report(path: Path, report: Report) -> None:
     """Write the page; it appears complete or not at all.  Raises OSError."""
+    write_page(path, TEMPLATE, _context(report))
+
+
+def write_page(path: Path, template: str, context: Mapping[str, Any]) -> None:
+    """Fill a template of this folder, escaping everything but `Markup`.  Raises OSError."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -57,9 +62,14 @@ def write_report(path: Path, report: Report) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template(TEMPLATE).render(_context(report))
+    page = environment.get_template(template).render(context)
     with atomic_write(path, "w") as file:
         file.write(page)
+
+
+def embedded(gallery: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows of the gallery with the address of their video, which holds the video."""
+    return [{"row": row, "source": "data:video/mp4;base64," + base64.b64encode(row.mp4).decode()} for row in gallery]
 
 
 def verdict(comparisons: Sequence[Comparison], primary: str, metric: Metric) -> tuple[str, str]:
@@ -98,6 +108,11 @@ def plain(metric: str) -> str:
     return metric.removesuffix("_dis").replace("_", " ") + (" (DIS)" if metric.endswith("_dis") else "")
 
 
+def arrow(metric: Metric) -> str:
+    """Which way is better."""
+    return "\u2191" if metric.better == "higher" else "\u2193"
+
+
 def show(value: float | None, metric: Metric) -> str:
     """A value in its unit: shares as per cent, others with three digits."""
     if value is None:
@@ -117,6 +132,15 @@ def show_delta(value: float | None, metric: Metric) -> str:
 def show_p(p: float) -> str:
     """A p value as papers print it."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def note(cell: Cell) -> str:
+    """What happened to the videos that could not be measured; "" where there are none."""
+    if not cell.failed:
+        return ""
+    if cell.metric in quantities.METRICS:  # there they are left out
+        return f"{100 * cell.failed / cell.clips:.1f} % not measurable"
+    return f"{cell.failed} of {cell.clips} failed"
 
 
 def _decimals(metric: Metric) -> int | None:
@@ -153,10 +177,7 @@ def _context(report: Report) -> dict[str, Any]:
         "title": report.title,
         "tone": tone,
         "sentence": sentence,
-        "gallery": [
-            {"row": row, "source": "data:video/mp4;base64," + base64.b64encode(row.mp4).decode()}
-            for row in report.gallery
-        ],
+        "gallery": embedded(report.gallery),
         "policies": [NAMES[name] for name in policies],
         "against": NAMES[against],
         "tables": _tables(report, policies, comparisons),
@@ -180,10 +201,10 @@ def _tables(report: Report, policies: Sequence[str], comparisons: Sequence[Compa
         lines = [
             {
                 "name": plain(name),
-                "arrow": "\u2191" if metric.better == "higher" else "\u2193",
+                "arrow": arrow(metric),
                 "primary": name == report.primary,
-                "cells": [_cell(cells.get((name, policy)), metric) for policy in policies],
-                "delta": _delta(deltas.get(name), metric),
+                "cells": [cell_text(cells.get((name, policy)), metric) for policy in policies],
+                "delta": delta_text(deltas.get(name), metric),
             }
             for name, metric in metrics.items()
             if any((name, policy) in cells for policy in policies)
@@ -193,15 +214,16 @@ def _tables(report: Report, policies: Sequence[str], comparisons: Sequence[Compa
     return tables
 
 
-def _cell(cell: Cell | None, metric: Metric) -> dict[str, str]:
+def cell_text(cell: Cell | None, metric: Metric) -> dict[str, str]:
+    """mean, interval and note as the table prints them."""
     if cell is None:
         return {"mean": "-", "interval": "", "note": ""}
     interval = "" if cell.lo is None else f"{show(cell.lo, metric)} to {show(cell.hi, metric)}"
-    note = f"{cell.failed} of {cell.clips} failed" if cell.failed else ""
-    return {"mean": show(cell.mean, metric), "interval": interval, "note": note}
+    return {"mean": show(cell.mean, metric), "interval": interval, "note": note(cell)}
 
 
-def _delta(found: Comparison | None, metric: Metric) -> dict[str, str]:
+def delta_text(found: Comparison | None, metric: Metric) -> dict[str, str]:
+    """mean, interval, p and tone (better, worse or "") of a difference as the table prints it."""
     if found is None:
         return {"mean": "-", "interval": "", "p": "", "tone": ""}
     tone = ""

@@ -72,22 +72,81 @@ def bootstrap_interval(values: np.ndarray, resamples: int, seed: int, level: flo
     return Interval(mean, float(found.low), float(found.high), len(values))
 
 
-def sign_flip_p(differences: np.ndarray, resamples: int, seed: int) -> float:
-    """Two-sided p of "the paired differences are symmetric about 0", by flipping their signs.  differences: [N].
+def prompt_draws(prompts: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each prompt is drawn in each bootstrap resample: int [resamples, prompts], rows sum to `prompts`."""
+    return np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
 
-    Exact for up to `EXACT_UNITS` prompts, otherwise (1 + hits) / (1 + resamples), never 0.
+
+def ratio_interval(above: np.ndarray, below: np.ndarray, resamples: int, seed: int, level: float = 0.95) -> Interval:
+    """mean(above) / mean(below) with its percentile bootstrap interval over prompts, which both share.  [N], [N].
+
+    Raises ValueError where mean(below) is not positive.  A single prompt: lo and hi are NaN.
     """
-    n = len(differences)
-    observed = abs(differences.sum())
-    # Sums that differ only in rounding count as ties, or the exact test would lose the observed pattern itself.
-    bar = observed - 1e-9 * np.abs(differences).sum()
+    if not below.mean() > 0:
+        raise ValueError("a ratio needs a positive mean below the line")
+    ratio = float(above.mean() / below.mean())
+    if len(above) < 2:
+        return Interval(ratio, math.nan, math.nan, len(above))
+    drawn = prompt_draws(len(above), resamples, seed)
+    sums = drawn @ below
+    lo, hi = np.quantile((drawn @ above)[sums > 0] / sums[sums > 0], [(1 - level) / 2, (1 + level) / 2])
+    return Interval(ratio, float(lo), float(hi), len(above))
+
+
+def sign_patterns(n: int, resamples: int, seed: int) -> np.ndarray:
+    """Signs for a test by flipping: int8 [K, n] of +1 and -1; all 2^n for up to `EXACT_UNITS`, else K = resamples."""
     if n <= EXACT_UNITS:
         bits = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
-        return float((np.abs((1 - 2 * bits) @ differences) >= bar).mean())
+        return (1 - 2 * bits).astype(np.int8)
     generator = np.random.default_rng(seed)
-    signs = generator.integers(0, 2, size=(resamples, n), dtype=np.int8) * np.int8(2) - np.int8(1)
-    hits = int((np.abs(signs @ differences) >= bar).sum())
-    return (1 + hits) / (1 + resamples)
+    return generator.integers(0, 2, size=(resamples, n), dtype=np.int8) * np.int8(2) - np.int8(1)
+
+
+def flipped_p(flipped: np.ndarray, observed: float, n: int, rounding: float) -> float:
+    """Two-sided p of `observed` among the statistics [K] of `sign_patterns(n, ...)`; a NaN among them counts against.
+
+    Exact for up to `EXACT_UNITS` units, otherwise (1 + hits) / (1 + K), never 0.
+    """
+    # Values that differ only in rounding count as ties, or the exact test would lose the observed pattern itself.
+    hits = ~(np.abs(flipped) < abs(observed) - rounding)
+    return float(hits.mean()) if n <= EXACT_UNITS else (1 + int(hits.sum())) / (1 + len(flipped))
+
+
+def sign_flip_p(differences: np.ndarray, resamples: int, seed: int) -> float:
+    """Two-sided p of "the paired differences are symmetric about 0", by flipping their signs.  differences: [N]."""
+    n = len(differences)
+    sums = sign_patterns(n, resamples, seed) @ differences
+    return flipped_p(sums, float(differences.sum()), n, 1e-9 * float(np.abs(differences).sum()))
+
+
+def t_interval(values: np.ndarray, level: float = 0.95) -> Interval:
+    """Mean of independent runs (seeds) with Student's interval, mean +- t_{n-1} sd / sqrt(n).  values: [N].
+
+    A single run: lo and hi are NaN.
+    """
+    mean, n = float(values.mean()), len(values)
+    if n < 2:
+        return Interval(mean, math.nan, math.nan, n)
+    from scipy.stats import t
+
+    arm = float(t.ppf((1 + level) / 2, n - 1) * values.std(ddof=1) / math.sqrt(n))
+    return Interval(mean, mean - arm, mean + arm, n)
+
+
+def paired_t_p(differences: np.ndarray) -> float:
+    """Two-sided p of "the paired differences have mean 0" by Student's t test.  differences: [N], N >= 2.
+
+    Equal differences leave no spread to judge by: 1 where they are 0, else 0, the limit of the test.
+    """
+    n = len(differences)
+    if n < 2:
+        raise ValueError(f"a t test needs two pairs, got {n}")
+    mean, spread = float(differences.mean()), float(differences.std(ddof=1))
+    if spread <= 1e-12 * abs(mean):
+        return 1.0 if mean == 0 else 0.0
+    from scipy.stats import t
+
+    return float(2 * t.sf(abs(mean) / (spread / math.sqrt(n)), n - 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -10,6 +10,7 @@ import pytest
 from afd_data.cache import cache_teacher
 from afd_data.errors import UserError
 from afd_data.prompts import load_prompts
+from afd_data.teacher_config import PlaygroundConfig
 from afd_data.teachers import open_teacher
 from afd_train.config import Recipe
 from afd_train.evaluation.evaluate import evaluate
@@ -101,6 +102,30 @@ def test_the_table_holds_a_row_a_video_and_metric(recipe):
         "student": 3,
         "ema": 3,
     }
+
+
+def test_distances_between_distributions_and_the_share_of_motion_stand_in_the_results(recipe):
+    record = results(recipe)
+    cells = {(cell["metric"], cell["policy"]): cell for cell in record["cells"]}
+    assert cells["motion_of_teacher", "teacher"]["mean"] == 1
+    for name in ("w1_speed", "w1_gravity", "w1_restitution"):
+        assert name in record["metrics"]
+        assert (name, "ema") in cells or "ema" in record["skipped"][name]
+    # Four frames of a dropped ball hold a speed in every video of the teacher.
+    assert cells["w1_speed", "teacher"]["failed"] == 0
+
+
+def test_the_teachers_first_takes_lie_beside_the_students_videos(recipe):
+    names = sorted(made_at(recipe, "teacher"))
+    assert len(names) == 4
+    assert set(names) < made_at(recipe, "ema").keys()
+
+
+def test_only_a_world_that_the_prompt_determines_has_trajectory_errors(copy):
+    assert "trajectory_error" not in results(copy)["metrics"]
+    evaluate(copy.model_copy(update={"teacher": PlaygroundConfig(determined=True)}))
+    cells = {cell["policy"]: cell for cell in results(copy)["cells"] if cell["metric"] == "trajectory_error"}
+    assert cells["teacher"]["mean"] < cells["ema"]["mean"] <= 24 / 2**0.5
 
 
 def test_the_report_has_a_verdict_videos_and_curves(recipe):

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import permutation_test
+from scipy.stats import permutation_test, ttest_rel
 
 from afd_train.evaluation import stats
 
@@ -94,3 +94,42 @@ def test_wilson_of_no_success_starts_at_zero_and_does_not_end_there():
 def test_wilson_refuses_more_successes_than_trials():
     with pytest.raises(ValueError, match="11 of 10"):
         stats.wilson(11, 10)
+
+
+def test_a_ratio_of_means_is_not_a_mean_of_ratios():
+    interval = stats.ratio_interval(np.array([1.0, 2.0]), np.array([2.0, 8.0]), 500, seed=0)
+    assert interval.mean == 0.3
+    assert (interval.lo, interval.hi) == (0.25, 0.5)  # both draws the second prompt, or the first
+    with pytest.raises(ValueError, match="positive mean"):
+        stats.ratio_interval(np.ones(2), np.zeros(2), 500, seed=0)
+
+
+def test_students_interval_of_three_seeds():
+    # sd 1, t_{2, .975} = 4.30265: 2 +- 4.30265 / sqrt(3).
+    interval = stats.t_interval(np.array([1.0, 2.0, 3.0]))
+    assert (interval.mean, interval.n) == (2.0, 3)
+    assert interval.hi - 2 == pytest.approx(4.30265 / math.sqrt(3), abs=1e-5)
+    assert 2 - interval.lo == pytest.approx(4.30265 / math.sqrt(3), abs=1e-5)
+
+
+def test_one_seed_has_a_mean_but_no_interval():
+    interval = stats.t_interval(np.array([3.0]))
+    assert interval.mean == 3.0
+    assert math.isnan(interval.lo)
+
+
+def test_the_paired_t_test_of_two_seeds_is_cauchys():
+    # t = mean / (sd / sqrt(2)) = 2 / (sqrt(2) / sqrt(2)) = 2; with one degree of freedom p = 1 - 2 atan(2) / pi.
+    assert stats.paired_t_p(np.array([1.0, 3.0])) == pytest.approx(1 - 2 * math.atan(2) / math.pi)
+
+
+def test_the_paired_t_test_agrees_with_scipy():
+    a, b = np.random.default_rng(0).normal(size=(2, 6))
+    assert stats.paired_t_p(a - b) == pytest.approx(ttest_rel(a, b).pvalue)
+
+
+def test_equal_differences_are_certain_and_no_difference_is_none():
+    assert stats.paired_t_p(np.full(3, 0.1 + 0.2)) == 0
+    assert stats.paired_t_p(np.zeros(3)) == 1
+    with pytest.raises(ValueError, match="two pairs"):
+        stats.paired_t_p(np.ones(1))
