@@ -99,10 +99,10 @@ def resized(clips: Tensor, height: int, width: int, mean: Sequence[float], devia
     return (((frames + 1) / 2 - centre) / scale).unflatten(0, clips.shape[:2])
 
 
-def check_frames(config: Adapted, frames: int, together: int) -> None:
+def check_frames(frames: int, together: int) -> None:
     """Raises UserError where the network cannot take so many frames, `together` of which make a token."""
     if frames % together:
         raise UserError(
-            f"discriminator.frames: {frames} is not divisible by {together}, the frames of a token of {config.path}. "
+            f"discriminator.frames: {frames} is not divisible by {together}, the frames that make a token. "
             f"Set {frames + together - frames % together}."
         )

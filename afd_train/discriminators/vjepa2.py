@@ -28,7 +28,7 @@ class VJepa2(nn.Module):
         # The predictor guesses the features of hidden patches; nothing is hidden here.
         model = open_model(VJEPA2Model, model_folder(config.path, "vjepa2"), config, unused=("predictor.",))
         about = model.config
-        check_frames(config, config.frames, about.tubelet_size)
+        check_frames(config.frames, about.tubelet_size)
         self.frames, self.size, self.dtype = config.frames, about.crop_size, DTYPES[config.dtype]
         self.steps = config.frames // about.tubelet_size
         self.trunk = model.encoder

@@ -49,7 +49,7 @@ class VisionLanguage(nn.Module):
         self.words = Words(folder, config.instruction)
         self.trunk = open_model(Qwen2VLModel, folder, config)
         self.vision = self.trunk.config.vision_config
-        check_frames(config, config.frames, self.vision.temporal_patch_size)
+        check_frames(config.frames, self.vision.temporal_patch_size)
         self.frames, self.frame_pixels = config.frames, config.frame_pixels
         adapt(self.trunk, config, LINEAR)
         embedding = self.trunk.get_input_embeddings().weight
@@ -61,9 +61,10 @@ class VisionLanguage(nn.Module):
         """[B, F, 3, H, W] in [-1, 1], B prompts -> [B, 1]."""
         vision, trunk = self.vision, self.trunk
         cell = vision.patch_size * vision.spatial_merge_size
-        size = frame_size(*clips.shape[3:], self.frame_pixels, cell)
-        frames = resized(evenly_spaced(clips, self.frames), *size, MEAN, DEVIATION)
-        grid = (self.frames // vision.temporal_patch_size, *(side // vision.patch_size for side in size))
+        height, width = frame_size(clips.shape[3], clips.shape[4], self.frame_pixels, cell)
+        frames = resized(evenly_spaced(clips, self.frames), height, width, MEAN, DEVIATION)
+        sides = (height // vision.patch_size, width // vision.patch_size)
+        grid = (self.frames // vision.temporal_patch_size, *sides)
         tokens = math.prod(grid) // vision.spatial_merge_size**2
         read = self.words.around_video(prompts.texts, tokens, trunk.config).to(clips.device)
         ends = torch.arange(len(clips), device=clips.device), read.mask.sum(1) - 1

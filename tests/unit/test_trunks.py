@@ -1,11 +1,11 @@
-"""Discriminators on the features of other networks: what they look at, what is trained, and weights that are missing."""
+"""Discriminators on the features of other networks: what they see, what is trained, and weights that are missing."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +190,7 @@ def count(tensor: Tensor, kept: list[int]) -> Tensor:
 
 
 @pytest.fixture(params=["vjepa2", "vlm"])
-def copy(request: pytest.FixtureRequest, folders: dict[str, Path], tmp_path: Path) -> Iterator[tuple[str, Path]]:
+def copy(request: pytest.FixtureRequest, folders: dict[str, Path], tmp_path: Path) -> tuple[str, Path]:
     """A kind, and a copy of its folder for a test to damage."""
     return request.param, Path(shutil.copytree(folders[request.param], tmp_path / "copy"))
 
