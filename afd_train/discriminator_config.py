@@ -5,6 +5,7 @@ Torch-free.  What all discriminators share stands in `Judging`; a class a networ
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -165,6 +166,8 @@ class Adapted(Judging):
     Its scores have no gradient with respect to a student's clips, which become 8-bit pixels on their way to it.
     """
 
+    path: str = Field(description="folder of the model, or hf://...")
+    frames: int = Field(ge=2, description="evenly spaced frames of a clip that it sees")
     train: Literal["frozen", "lora"] = Field(default="lora", description="the trunk: frozen, or adapted by LoRA")
     rank: int = Field(default=64, ge=1)
     alpha: float = Field(default=128.0, gt=0, description="adapters' output is scaled by alpha / rank")
@@ -192,6 +195,12 @@ class VlmConfig(Adapted):
         default="Judge how physically plausible and how true to its prompt this video is.",
         description="what stands between the prompt and the reward token",
     )
+
+    def frame_size(self, height: int, width: int, cell: int) -> tuple[int, int]:
+        """(height, width) of the frames that it sees: multiples of `cell` pixels, at least one, within the area."""
+        shrink = min(1.0, math.sqrt(self.frame_pixels / (height * width)))
+        tall, wide = (max(1, math.floor(side * shrink / cell)) * cell for side in (height, width))
+        return tall, wide
 
 
 DiscriminatorConfig = Annotated[

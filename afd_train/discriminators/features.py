@@ -28,6 +28,7 @@ class Features(nn.Module):
     """See `Discriminator`.  `student` has its starting weights; they are copied, adapters left out."""
 
     space: Space = "latents"
+    frames: int | None = None
 
     def __init__(self, config: FeaturesConfig, student: Student):
         super().__init__()

@@ -64,7 +64,7 @@ def open_model(network: type[PreTrainedModel], folder: Path, config: Adapted, un
             f"{KEY}: {folder} lacks {len(missing)} tensors of a {model.config.model_type}: {listed(missing)}. "
             "They would be random numbers; copy or download it again."
         )
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing and config.train == "lora":  # a frozen one keeps nothing
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of another name that older versions do not know
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -84,12 +84,6 @@ def adapt(trunk: nn.Module, config: Adapted, layers: str) -> None:
     for module in trunk.modules():
         # A layer keeps only its input while it is in training mode itself; what is inside stays without dropout.
         module.training = getattr(module, "gradient_checkpointing", False)
-
-
-def evenly_spaced(clips: Tensor, frames: int) -> Tensor:
-    """[B, F, ...] -> [B, frames, ...], the first and the last among them; some twice where there are fewer."""
-    rows = torch.linspace(0, clips.shape[1] - 1, frames, dtype=torch.float64).round().long()
-    return clips[:, rows.to(clips.device)]
 
 
 def resized(clips: Tensor, height: int, width: int, mean: Sequence[float], deviation: Sequence[float]) -> Tensor:

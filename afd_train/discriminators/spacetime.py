@@ -19,6 +19,7 @@ class SpaceTime(nn.Module):
     """See `Discriminator`.  With `chunk_causal` a chunk's score depends on it, the chunks before it and the prompt."""
 
     space: Space = "latents"
+    frames: int | None = None
 
     def __init__(self, config: SpaceTimeConfig, shape: LatentShape, student: StudentConfig):
         super().__init__()

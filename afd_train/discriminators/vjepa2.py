@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import VJEPA2Model
 
 from afd_train.discriminator_config import VJepa2Config
-from afd_train.discriminators import Prompts, Space
+from afd_train.discriminators import Prompts, Space, evenly_spaced
 from afd_train.discriminators.head import PromptedHead
-from afd_train.discriminators.pretrained import adapt, check_frames, evenly_spaced, model_folder, open_model, resized
+from afd_train.discriminators.pretrained import adapt, check_frames, model_folder, open_model, resized
 from afd_train.students import DTYPES
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
@@ -22,6 +22,7 @@ class VJepa2(nn.Module):
     """See `Discriminator`.  `text_dim`: of the student's embedding of prompts."""
 
     space: Space = "pixels"
+    frames: int | None
 
     def __init__(self, config: VJepa2Config, text_dim: int):
         super().__init__()

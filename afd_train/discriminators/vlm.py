@@ -20,12 +20,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLModel
 
 from afd_data.errors import UserError
 from afd_train.discriminator_config import VlmConfig
-from afd_train.discriminators import Prompts, Space
+from afd_train.discriminators import Prompts, Space, evenly_spaced
 from afd_train.discriminators.pretrained import (
     KEY,
     adapt,
     check_frames,
-    evenly_spaced,
     model_folder,
     open_model,
     resized,
@@ -42,6 +41,7 @@ class VisionLanguage(nn.Module):
     """See `Discriminator`."""
 
     space: Space = "pixels"
+    frames: int | None
 
     def __init__(self, config: VlmConfig):
         super().__init__()
@@ -50,7 +50,7 @@ class VisionLanguage(nn.Module):
         self.trunk = open_model(Qwen2VLModel, folder, config)
         self.vision = self.trunk.config.vision_config
         check_frames(config.frames, self.vision.temporal_patch_size)
-        self.frames, self.frame_pixels = config.frames, config.frame_pixels
+        self.config, self.frames = config, config.frames
         adapt(self.trunk, config, LINEAR)
         embedding = self.trunk.get_input_embeddings().weight
         # Starts as the mean word.  A frozen trunk's gradient would have to pass all of it to reach this one vector.
@@ -61,7 +61,7 @@ class VisionLanguage(nn.Module):
         """[B, F, 3, H, W] in [-1, 1], B prompts -> [B, 1]."""
         vision, trunk = self.vision, self.trunk
         cell = vision.patch_size * vision.spatial_merge_size
-        height, width = frame_size(clips.shape[3], clips.shape[4], self.frame_pixels, cell)
+        height, width = self.config.frame_size(clips.shape[3], clips.shape[4], cell)
         frames = resized(evenly_spaced(clips, self.frames), height, width, MEAN, DEVIATION)
         sides = (height // vision.patch_size, width // vision.patch_size)
         grid = (self.frames // vision.temporal_patch_size, *sides)
@@ -114,13 +114,6 @@ class Words:
     def _ids(self, text: str, special: bool = False) -> list[int]:
         # What looks like a special token in a prompt is text: a prompt must not end the video or add another.
         return self._tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"]  # pyright: ignore[reportReturnType]
-
-
-def frame_size(height: int, width: int, largest_area: int, cell: int) -> tuple[int, int]:
-    """(height, width) of the frames that the model sees: multiples of `cell`, at least one, within the area."""
-    shrink = min(1.0, math.sqrt(largest_area / (height * width)))
-    tall, wide = (max(1, math.floor(side * shrink / cell)) * cell for side in (height, width))
-    return tall, wide
 
 
 def patches(frames: Tensor, vision: Any) -> Tensor:

@@ -21,10 +21,10 @@ from afd_data.errors import UserError
 from afd_train.checkpoint import Parts, load_checkpoint, save_checkpoint
 from afd_train.config import LoraConfig, TrainConfig
 from afd_train.discriminator_config import DiscriminatorConfig, FeaturesConfig, VJepa2Config, VlmConfig
-from afd_train.discriminators import Prompts, open_discriminator
+from afd_train.discriminators import Prompts, evenly_spaced, open_discriminator
 from afd_train.discriminators.features import Features
-from afd_train.discriminators.pretrained import evenly_spaced, resized
-from afd_train.discriminators.vlm import DEVIATION, MEAN, VisionLanguage, frame_size, patches
+from afd_train.discriminators.pretrained import resized
+from afd_train.discriminators.vlm import DEVIATION, MEAN, VisionLanguage, patches
 from afd_train.losses import bradley_terry_loss
 from afd_train.optimizer import Optimizer
 from afd_train.parallel import Processes, open_accelerator
@@ -293,12 +293,12 @@ def test_the_first_and_the_last_frame_are_among_those_that_are_seen(frames, want
 
 @pytest.mark.parametrize(("height", "width"), [(480, 832), (720, 1280), (832, 480), (336, 588), (1080, 1920)])
 def test_frames_have_the_size_of_qwens_own_processor(height, width):
-    own = frame_size(height, width, 200_704, 28)
+    own = VlmConfig().frame_size(height, width, 28)
     assert own == smart_resize(height, width, 28, 784, 200_704)
 
 
 def test_the_measured_clip_has_1260_video_tokens():
-    height, width = frame_size(480, 832, 200_704, 28)
+    height, width = VlmConfig().frame_size(480, 832, 28)
     assert (height, width) == (336, 588)
     assert 10 // 2 * (height // 28) * (width // 28) == 1260
 
