@@ -5,6 +5,7 @@ Torch-free.  What all discriminators share stands in `Judging`; a class a networ
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -86,6 +87,11 @@ class Judging(Config):
         """Whether it looks at another take of the prompt beside the clip."""
         return False
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether its scores have a gradient with respect to a student's latents."""
+        return not isinstance(self, Adapted)
+
     def problem_with(self, shape: LatentShape, chunk_frames: int) -> str | None:
         """Why clips of this shape cannot be judged, as `KEY: reason` within the section; None if they can."""
         if self.loss == "bt-chunk" and not self.per_chunk:
@@ -142,6 +148,8 @@ class SpaceTimeConfig(Judging):
             return f"tubelet_frames: {self.tubelet_frames} does not divide the {shape.frames} latent frames of a clip"
         if shape.width % self.patch or shape.height % self.patch:
             return f"patch: {self.patch} does not divide the {shape.width} x {shape.height} latent pixels of a clip"
+        if self.view != "latents" and shape.channels % 3:
+            return f"view: {self.view} is of latents that are pixels (student.autoencoder=pixels); set it to latents"
         if self.chunk_causal and chunk_frames % self.tubelet_frames:
             return f"tubelet_frames: {self.tubelet_frames} does not divide the {chunk_frames} latent frames of a chunk"
         return super().problem_with(shape, chunk_frames)
@@ -151,18 +159,27 @@ class FeaturesConfig(Judging):
     """The frozen starting student's features of the clip, and a small head."""
 
     name: Literal["features"] = "features"
-    dim: int = Field(default=64, ge=8, description="of the head")
-    blocks: tuple[int, ...] = Field(
+    dim: int = Field(default=64, ge=8, multiple_of=4, description="of the head")
+    blocks: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         default=(), description="transformer blocks whose outputs are looked at, from 0; default: the middle and last"
     )
     time: float = Field(
         default=0.1, gt=0, le=1, description="noise level in [0, 1] that the clip is given for the trunk"
     )
 
+    def blocks_of(self, layers: int) -> tuple[int, ...]:
+        """The blocks of a student with so many, rising; those that the recipe names may be more than there are."""
+        return tuple(sorted(set(self.blocks or ((layers - 1) // 2, layers - 1))))
+
 
 class Adapted(Judging):
-    """A pre-trained network over pixels, with low-rank adapters or frozen."""
+    """A pre-trained network over pixels, with low-rank adapters or frozen.
 
+    Its scores have no gradient with respect to a student's clips, which become 8-bit pixels on their way to it.
+    """
+
+    path: str = Field(description="folder of the model, or hf://...")
+    frames: int = Field(ge=2, description="evenly spaced frames of a clip that it sees")
     train: Literal["frozen", "lora"] = Field(default="lora", description="the trunk: frozen, or adapted by LoRA")
     rank: int = Field(default=64, ge=1)
     alpha: float = Field(default=128.0, gt=0, description="adapters' output is scaled by alpha / rank")
@@ -181,7 +198,7 @@ class VJepa2Config(Adapted):
     name: Literal["vjepa2"] = "vjepa2"
     path: str = Field(default="hf://facebook/vjepa2-vitl-fpc64-256", description="folder of the model, or hf://...")
     frames: int = Field(default=16, ge=2, description="evenly spaced frames of a clip that it sees")
-    dim: int = Field(default=256, ge=8, description="of the head")
+    dim: int = Field(default=256, ge=8, multiple_of=4, description="of the head")
 
 
 class VlmConfig(Adapted):
@@ -195,6 +212,12 @@ class VlmConfig(Adapted):
         default="Judge how physically plausible and how true to its prompt this video is.",
         description="what stands between the prompt and the reward token",
     )
+
+    def frame_size(self, height: int, width: int, cell: int) -> tuple[int, int]:
+        """(height, width) of the frames that it sees: multiples of `cell` pixels, at least one, within the area."""
+        shrink = min(1.0, math.sqrt(self.frame_pixels / (height * width)))
+        tall, wide = (max(1, math.floor(side * shrink / cell)) * cell for side in (height, width))
+        return tall, wide
 
 
 DiscriminatorConfig = Annotated[

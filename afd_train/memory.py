@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from afd_train import memory_parts, memory_phases
+from afd_train import memory_discriminators, memory_parts, memory_phases
 from afd_train.config import FullConfig, LoraConfig, Recipe, TrainConfig
 from afd_train.memory_parts import Load, Part
 from afd_train.objective_config import ADVERSARIAL
@@ -34,7 +34,7 @@ def estimate(recipe: Recipe, run: TrainConfig, processes: int = 1) -> list[Part]
         *memory_parts.weights(recipe.student, run, load),
         *memory_parts.copies(recipe.student, run, load),
         *memory_parts.clips(recipe.student, run, load),
-        *memory_parts.discriminator(recipe, run, load),
+        *memory_discriminators.discriminator(recipe, run, load),
         *max(memory_phases.phases(recipe, run, load).values(), key=total),
     ]
     if run.gpu_memory_gb is not None:
@@ -146,11 +146,13 @@ def table(recipe: Recipe, run: TrainConfig, processes: int = 1, section: str = "
     if run.gpu_memory_gb is None and total(parts) < SMALL_BYTES:
         return [f"memory about {total(parts) / GIB:.1f} GiB"]
     lines = [f"{part.bytes / GIB:8.2f} GiB  {part.name}: {part.why}" for part in parts if part.bytes >= GIB / 200]
-    added = memory_phases.phases(recipe, run, Load.of(recipe, run, processes))
+    load = Load.of(recipe, run, processes)
+    added = memory_phases.phases(recipe, run, load)
     phases = ", ".join(f"{name} {total(phase) / GIB:.1f}" for name, phase in added.items())
     lines += [
         f"{total(parts) / GIB:8.2f} GiB  {_verdict(parts, run)}",
         f"(GiB that the phases of a step add: {phases})",
+        *memory_discriminators.seconds(recipe, run, load),
     ]
     heading = f"memory of {'the GPU' if processes == 1 else f'each of {processes} GPUs'}, by arithmetic:"
     return [heading, *lines, *advice(parts, recipe, run, processes, section)]

@@ -1,7 +1,7 @@
 """What a training run always keeps in a GPU's memory, from arithmetic on a recipe.  Torch-free.
 
-`memory_phases` has what the phases of a step add.  The autoencoder and the text encoder are not in memory while a
-student trains.
+`memory_phases` has what the phases of a step add.  The text encoder is not in memory while a student trains, nor the
+autoencoder unless a discriminator looks at pixels (`memory_discriminators`).
 """
 
 from __future__ import annotations
@@ -117,18 +117,6 @@ def clips(student: StudentConfig, run: TrainConfig, load: Load) -> list[Part]:
     count = (2 + 3 * copies) * load.step_clips + (len(student.steps) + 1) * load.clips + (1 + copies) * load.prompts
     size = FLOAT32 * (count * latents + load.prompts * student.text_tokens * student.text_dim)
     return [Part("clips", size, f"{load.step_clips} of a step, {load.clips} of a pass")]
-
-
-def discriminator(recipe: Recipe, run: TrainConfig, load: Load) -> list[Part]:
-    """Its weights, gradients and optimiser."""
-    if run.objective.name not in ADVERSARIAL:
-        return []
-    config, shape, dim = recipe.discriminator, load.shape, recipe.discriminator.dim
-    patch = shape.channels * config.patch**2 * config.tubelet_frames
-    places = shape.frames // config.tubelet_frames + (shape.height // config.patch) * (shape.width // config.patch)
-    ends = _linear(patch, dim) + _linear(recipe.student.text_dim, dim) + (places + 1) * dim + 3 * dim + 1
-    count = ends + config.layers * (12 * dim**2 + 13 * dim)
-    return [Part("discriminator", 4 * FLOAT32 * count, f"{count / 1e6:,.1f} M parameters with gradients and Adam")]
 
 
 def trained(student: StudentConfig, run: TrainConfig) -> tuple[int, int]:

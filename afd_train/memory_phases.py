@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from afd_train.config import FullConfig, LoraConfig, Recipe, StudentConfig, TrainConfig
+from afd_train.memory_discriminators import scoring
 from afd_train.memory_parts import (
     DTYPE_BYTES,
     FLOAT32,
@@ -134,20 +135,6 @@ def update(student: StudentConfig, run: TrainConfig, load: Load) -> list[Part]:
         )
         parts.insert(0, own)
     return parts
-
-
-def scoring(recipe: Recipe, run: TrainConfig, load: Load) -> list[Part]:
-    """What the discriminator's update saves: 16 widths a token and layer, float32."""
-    if run.objective.name not in ADVERSARIAL:
-        return []
-    config, shape = recipe.discriminator, load.shape
-    grid = (shape.height // config.patch) * (shape.width // config.patch)
-    tokens = grid * (shape.frames // config.tubelet_frames) + recipe.student.text_tokens + 1
-    most = run.clips_per_pass or config.warmup_prompts
-    warmup = 2 * min(most, config.warmup_prompts) if config.warmup_steps else 0
-    count = max(load.clips + load.prompts, warmup)
-    size = count * tokens * config.layers * 16 * config.dim * FLOAT32
-    return [Part("its activations", size, f"of the discriminator, {count} clips x {tokens:,} tokens")]
 
 
 def _frames(student: StudentConfig, run: TrainConfig, frames: int) -> tuple[int, int]:

@@ -60,10 +60,14 @@ class Optimizer:
         return norm
 
     def exact(self, net: nn.Module) -> dict[str, Tensor]:
-        """The state of the network that is optimised, masters in the place of its weights; live tensors."""
+        """The state of the network that is optimised, masters in the place of its weights; live tensors.
+
+        Weights that are not trained are left out: whoever opens the network again brings them along.
+        """
         masters: dict[Tensor, Tensor] = dict(zip(self.parameters, self.masters, strict=True))
         state: dict[str, Tensor] = net.state_dict(keep_vars=True)
-        return {name: masters.get(value, value).detach() for name, value in state.items()}
+        moving = {key: value for key, value in state.items() if value in masters or not isinstance(value, nn.Parameter)}
+        return {name: masters.get(value, value).detach() for name, value in moving.items()}
 
     @torch.no_grad()
     def synchronise(self) -> None:

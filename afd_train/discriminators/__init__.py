@@ -34,9 +34,11 @@ class Discriminator(Protocol):
     """A network that scores clips; also an `nn.Module` (`as_module`).
 
     space: what its clips are: `latents`, [B, F, C, h, w] of 8-bit video, or `pixels`, [B, F, 3, H, W] in [-1, 1].
+    frames: of a clip that it looks at, `evenly_spaced`; None: all of them.
     """
 
     space: Space
+    frames: int | None
 
     def __call__(self, clips: Tensor, prompts: Prompts, reference: Tensor | None) -> Tensor:
         """Scores, higher is more like the teacher: [B, 1], or [B, chunks] where every chunk has one.
@@ -58,6 +60,14 @@ class ChunkDiscriminator(Discriminator, Protocol):
         followed: [P, F, C, h, w]; candidates: [P, M, F, C, h, w]; P prompts -> [P, M, chunks].
         """
         ...
+
+
+def evenly_spaced(clips: Tensor, frames: int | None) -> Tensor:
+    """[B, F, ...] -> [B, frames, ...], the first and the last among them; some twice where there are fewer."""
+    if frames is None or frames == clips.shape[1]:
+        return clips
+    rows = torch.linspace(0, clips.shape[1] - 1, frames, dtype=torch.float64).round().long()
+    return clips[:, rows.to(clips.device)]
 
 
 def open_discriminator(config: DiscriminatorConfig, student: Student, seed: int) -> nn.Module:

@@ -31,6 +31,7 @@ class SpaceTime(nn.Module):
     """
 
     space: Space = "latents"
+    frames: int | None = None
 
     def __init__(self, config: SpaceTimeConfig, shape: LatentShape, student: StudentConfig):
         super().__init__()

@@ -87,10 +87,9 @@ class Setup:
         return generator(self.seed, step, purpose)
 
     def optimizer(self, net: nn.Module, weight_decay: float, betas: tuple[float, float]) -> Optimizer:
-        """For another network than the student."""
-        return Optimizer(
-            list(net.parameters()), self.processes, self.config.max_grad_norm, weight_decay=weight_decay, betas=betas
-        )
+        """For what is trained of another network than the student."""
+        trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        return Optimizer(trained, self.processes, self.config.max_grad_norm, weight_decay=weight_decay, betas=betas)
 
 
 class Objective(Protocol):

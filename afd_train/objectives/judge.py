@@ -15,7 +15,7 @@ from torch import Tensor
 
 from afd_data.errors import UserError
 from afd_data.stream import Example
-from afd_train.discriminators import Prompts, open_discriminator
+from afd_train.discriminators import Prompts, evenly_spaced, open_discriminator
 from afd_train.draws import Draws
 from afd_train.losses import (
     bradley_terry_loss,
@@ -196,7 +196,9 @@ class Judge:
         autoencoder = self._setup.student.autoencoder
         if self.net.space == "latents":
             return autoencoder.round_trip(latents) if drawn else latents
-        return autoencoder.decode(latents).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+        # In 8 bits as long as there are all frames of them, the most that a step has of anything.
+        pixels = evenly_spaced(autoencoder.decode(latents), self.net.frames)  # pyright: ignore[reportArgumentType]
+        return pixels.permute(0, 1, 4, 2, 3).float() / 127.5 - 1
 
     def _moved(
         self, teacher: Tensor, prompts: Prompts, beside: Tensor | None, examples: Sequence[Example], step: int
