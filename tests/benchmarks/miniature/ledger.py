@@ -6,7 +6,6 @@ other settings of a method that was measured on the test prompts may not, unless
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -14,33 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from afd_data.errors import UserError
-from afd_train.config import Recipe
-from afd_train.evaluation.clips import folder_sha256
 from afd_train.evaluation.provenance import git_commit
-from afd_train.shipped import shipped_student
 
 DEFAULT = Path(__file__).resolve().parents[3] / "recipes" / "miniature" / "test_uses.jsonl"
 CHANGED = " (changed)"  # how git_commit marks a dirty tree
-
-
-def digest_of(recipe: Recipe, trained: bool = True) -> str:
-    """sha256 of all that a method's numbers depend on: settings, prompts, starting weights; neither folders nor seed.
-
-    Without `trained`, what only training depends on is left out.
-    """
-    left_out = {"out", "seed", "stream", "refresh", "export"}
-    left_out |= set() if trained else {"train", "pretrain", "discriminator"}
-    settings = recipe.model_dump(mode="json", exclude=left_out)
-    settings["cache"].pop("folder")
-    for key in ("source", "test_source"):
-        path = settings["prompts"].get(key)
-        if path and Path(path).is_file():
-            settings["prompts"][key] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    init = recipe.student.init
-    folder = init and (shipped_student(init) or Path(init))
-    if folder and folder.is_dir():
-        settings["student"]["init"] = folder_sha256(folder)
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def check(path: Path, world: str, methods: Mapping[str, str], reason: str | None) -> None:

@@ -33,6 +33,8 @@ def write_plots(results: Results, folder: Path) -> None:
         axes.set_axis_off()
     header = results.header
     figure.suptitle(f"{header['world']}, {header['split']} prompts: means over seeds and 95 % intervals")
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # it is laid out, and need not be for every file
     for suffix in ("png", "svg"):
         figure.savefig(folder / f"plots.{suffix}", dpi=110)
 

@@ -1,6 +1,6 @@
 """A study: caches, trainings and measurements of some methods x seeds in one folder; what is finished is kept.
 
-STUDY/teachers/NAME/cache      one for each teacher, shared by methods and seeds
+STUDY/teachers/NAME-DIGEST/    cache/: one for each teacher, shared by methods and seeds
 STUDY/runs/METHOD-SEED/        settings.json, log.txt, train/ (of `afd train`), finished, SPLIT.json: its numbers
 STUDY/SPLIT/                   results.json, table.md, plots.png, plots.svg
 """
@@ -23,11 +23,11 @@ from afd_data.progress import progress_bar
 from afd_train.config import Recipe
 from tests.benchmarks.miniature import methods as table
 from tests.benchmarks.miniature.budgets import budget_of
-from tests.benchmarks.miniature.ledger import digest_of
+from tests.benchmarks.miniature.digests import DRAWN, TRAINED, VIDEOS, digest_of
 from tests.benchmarks.miniature.measuring import Reference
 from tests.benchmarks.miniature.methods import BASE, Method
 
-FINISHED = "finished"  # an empty file beside TRAIN, once it is trained to the end
+FINISHED = "finished"  # an empty file, once a cache is complete or a student trained to the end
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class Plan:
     def digests(self) -> dict[str, str]:
         """Method -> what its numbers depend on."""
         return {
-            method.name: digest_of(self.recipes[method.name], trained=method.draws != BASE) for method in self.methods
+            method.name: digest_of(self.recipes[method.name], DRAWN if method.draws == BASE else TRAINED)
+            for method in self.methods
         }
 
     @property
@@ -70,8 +71,12 @@ class Plan:
     def run_folder(self, method: Method, seed: int) -> Path:
         return self.folder / "runs" / f"{method.name}-{seed}"
 
+    def teacher_settings(self, teacher: str) -> dict[str, str]:
+        return {**table.TEACHERS[teacher], **self.changes}
+
     def teacher_folder(self, teacher: str) -> Path:
-        return self.folder / "teachers" / teacher
+        recipe = table.resolved(self.world, self.teacher_settings(teacher))
+        return self.folder / "teachers" / f"{teacher}-{digest_of(recipe, VIDEOS)[:8]}"
 
     def numbers(self, method: Method, seed: int) -> Path:
         """The file of a run's numbers."""
@@ -99,11 +104,13 @@ def claim(plan: Plan) -> None:
 def prepare(plan: Plan) -> None:
     """Cache the videos of all teachers; finished ones are kept."""
     for teacher in sorted({"exact", *(method.teacher for method in plan.methods)}):
-        settings = {**table.TEACHERS[teacher], **plan.changes}
         folder = plan.teacher_folder(teacher)
+        if (folder / FINISHED).exists():
+            continue
         folder.mkdir(parents=True, exist_ok=True)
-        if problem := _afd("cache-teacher", plan.world, folder, settings):
+        if problem := _afd("cache-teacher", plan.world, folder, plan.teacher_settings(teacher)):
             raise UserError(f"cache-teacher: {problem}")
+        (folder / FINISHED).touch()
 
 
 def train(plan: Plan) -> list[str]:
