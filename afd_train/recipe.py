@@ -12,7 +12,6 @@ Torch-free.
 
 from __future__ import annotations
 
-import importlib.resources
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from afd_data.errors import UserError
 from afd_train.config import Recipe
 from afd_train.recipe_errors import did_you_mean, dotted, place_and_key, problems_of, section_class
 from afd_train.recipe_yaml import MAX_BYTES, Place, Value, child_of, parse_yaml, plain
+from afd_train.shipped import shipped_folder, shipped_recipes
 
 _BESIDE_THE_RECIPE = ("source", "test_source")
 
@@ -68,22 +68,12 @@ def read_recipe(name_or_path: str | Path, sets: Sequence[str] = ()) -> LoadedRec
     return LoadedRecipe(recipe, file, tree)
 
 
-def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with afd."""
-    return sorted(path.stem for path in _shipped_folder().glob("*.yaml"))
-
-
-def _shipped_folder() -> Path:
-    # The distribution is always unpacked (package data holds checkpoints), so this is an ordinary folder.
-    return Path(str(importlib.resources.files("afd_recipes")))
-
-
 def _find(name: str, folder: Path, what: str) -> Path:
-    """The file that `name` means seen from `folder`: as it stands, with `.yaml`, or a shipped recipe's bare name."""
+    """The file that `name` means seen from `folder`: as it stands, with `.yaml`, or a shipped recipe's name."""
     beside = folder / name
     candidates = [beside, beside.parent / f"{beside.name}.yaml"]
-    if name == Path(name).name:
-        candidates += [_shipped_folder() / name, _shipped_folder() / f"{name}.yaml"]
+    if not Path(name).is_absolute() and ".." not in Path(name).parts:
+        candidates += [shipped_folder() / name, shipped_folder() / f"{name}.yaml"]
     for candidate in candidates:
         try:
             if name and candidate.is_file():
@@ -95,7 +85,7 @@ def _find(name: str, folder: Path, what: str) -> Path:
         inside = ", ".join(sorted(path.name for path in beside.glob("*.yaml"))) or "no recipe"
         raise UserError(f"{what} {name!r}: that is a folder; it holds {inside}")
     raise UserError(
-        f"{what} {name!r}: no such file.{did_you_mean(Path(name).stem, near)} "
+        f"{what} {name!r}: no such file.{did_you_mean(Path(name).stem, near) or did_you_mean(name, near)} "
         f"afd ships {', '.join(shipped_recipes())}; a path to a YAML file works too."
     )
 

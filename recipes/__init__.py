@@ -1,1 +1,1 @@
-"""The recipes that afd ships, with their prompts and the base student; data only."""
+"""The recipes that afd ships, with their prompts and the base students; data only."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from afd_data.files import atomic_folder
 from afd_data.section import Config
 from afd_train.hub import local_path
 from afd_train.presets import SIZES
+from afd_train.shipped import shipped_student
 from afd_train.student_config import StudentConfig
 from afd_train.students import DTYPES, Student, causal_net, new_student, new_transformer
 from afd_train.students.adapters import merge_adapter, write_adapter
@@ -48,8 +48,8 @@ class StudentFile(Config):
     video: VideoConfig
     base: str | None = Field(
         default=None,
-        description="what adapter/ belongs to: a student folder (relative to this one, absolute, or `base`, the one "
-        "afd ships), a file or folder of weights, or hf://...",
+        description="what adapter/ belongs to: a student folder (relative to this one, absolute, or one that afd "
+        "ships, such as `base`), a file or folder of weights, or hf://...",
     )
 
 
@@ -103,13 +103,13 @@ def save_adapter(
 
 
 def open_student(folder: Path | str) -> Student:
-    """Read a student folder (or hf://...); the word `base` is the one that afd ships.  On the CPU, in evaluation mode.
+    """Read a student folder (or hf://..., or the name of one that afd ships).  On the CPU, in evaluation mode.
 
     Weights come in the precision of its configuration, adapters merged.  Raises UserError when the folder, its JSON or
     its weights are not a student's.
     """
     # A path is one, also that of a run's own folder `base`.
-    folder = shipped_base() if isinstance(folder, str) and folder == "base" else local_path(folder, "student")
+    folder = (shipped_student(folder) if isinstance(folder, str) else None) or local_path(folder, "student")
     about = read_about(folder)
     student = Student(causal_net(_opened(folder, about, about.student), about.student), about.student, about.video)
     student.net.eval()
@@ -119,12 +119,13 @@ def open_student(folder: Path | str) -> Student:
 def starting_student(config: StudentConfig, video: VideoConfig, seed: int, init: str | None) -> Student:
     """The student a training starts from: random weights of `seed`, or those of `init`; sampled as `config` says.
 
-    init: a student folder, or whatever `read_weights` takes; the network is the one of `config`, in its precision.
+    init: a student folder, the name of one that afd ships, or whatever `read_weights` takes; the network is the one of
+    `config`, in its precision.
     Raises UserError that says which keys of the recipe do not agree with the weights.
     """
     if init is None:
         return new_student(config, video, seed)
-    path = shipped_base() if init == "base" else local_path(init, "student.init")
+    path = shipped_student(init) or local_path(init, "student.init")
     if (path / ABOUT).is_file():
         about = read_about(path)
         _same_network(about.student, config, f"student.init: {init}")
@@ -138,11 +139,6 @@ def starting_student(config: StudentConfig, video: VideoConfig, seed: int, init:
     student = Student(causal_net(transformer, config), config, video)
     student.net.train()
     return student
-
-
-def shipped_base() -> Path:
-    """The base student of the quickstart."""
-    return Path(str(resources.files("afd_recipes"))) / "base"
 
 
 def read_about(folder: Path) -> StudentFile:
@@ -185,8 +181,8 @@ def _opened(
 
 
 def _base_path(folder: Path, base: str, where: str) -> Path:
-    if base == "base":
-        return shipped_base()
+    if shipped := shipped_student(base):
+        return shipped
     path = local_path(base, where) if base.startswith("hf://") else folder / base
     if not path.exists():
         raise UserError(f"{where}: not there. Bring it there too, or open the student where it was trained.")

@@ -10,7 +10,8 @@ from click.testing import Result
 
 from afd_train.config import Recipe
 from afd_train.memory import GIB, estimate, missing, total
-from afd_train.recipe import load_recipe, read_recipe, shipped_recipes
+from afd_train.recipe import load_recipe, read_recipe
+from afd_train.shipped import shipped_recipes
 
 RELEASED = ("self-forcing", "causal-forcing", "self-forcing-24gb")
 CAPTIONS = ("a red ball falls", "a dog runs over a lawn", "waves break on a beach", "two people dance in a street")
@@ -18,7 +19,7 @@ CAPTIONS = ("a red ball falls", "a dog runs over a lawn", "waves break on a beac
 
 def sets_for(name: str, clips: Path) -> list[str]:
     """What a recipe cannot know."""
-    return [] if name == "seedance" or name.startswith("quickstart") else [f"teacher.path={clips}"]
+    return [] if name == "seedance" or name.startswith(("quickstart", "miniature/")) else [f"teacher.path={clips}"]
 
 
 @pytest.fixture
