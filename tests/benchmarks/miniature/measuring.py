@@ -13,13 +13,17 @@ import numpy as np
 
 from afd_data.stream import Stream
 from afd_train.config import Recipe
-from afd_train.evaluation import distribution
-from afd_train.evaluation.physics import measure
+from afd_train.evaluation import distribution, quantities
+from afd_train.evaluation.physics import observe, score
 from afd_train.students import Student
 from afd_train.validation import prompts_of
 
 Values = dict[str, float]
-OF_SETS = {distribution.NAME: "mmd"}  # name in distribution -> ours
+# Name in distribution or quantities -> ours.
+OF_SETS = {
+    distribution.NAME: "mmd",
+    **{f"{quantities.PREFIX}{name}": f"W1 {name}" for name in quantities.QUANTITIES},
+}
 RESAMPLES = 100  # of the sets' intervals, which are not used here: training seeds give ours
 
 
@@ -45,6 +49,9 @@ METRICS: Mapping[str, Shown] = {
     "bounce error": Shown("restitution error", "lower", 3, "restitution_error"),
     "energy": Shown("energy rise", "lower", 3, "energy_rise"),
     "jump": Shown("jumps %", "lower", 1, "jump", 100),
+    "W1 speed": Shown("W1 of start speeds", "lower", 2),
+    "W1 gravity": Shown("W1 of gravities", "lower", 1),
+    "W1 restitution": Shown("W1 of restitutions", "lower", 3),
 }
 
 
@@ -54,6 +61,7 @@ class Measured:
 
     physics: Values  # of physics.METRICS, means over videos
     features: dict[str, np.ndarray]  # prompt id -> [takes, D]
+    quantities: dict[str, np.ndarray]  # prompt id -> [takes, 3]
 
 
 class Reference:
@@ -76,11 +84,13 @@ class Reference:
         return self._values(self._reduced(student.videos(self.prompts, seed, takes)))
 
     def _reduced(self, videos: Sequence[Sequence[np.ndarray]] | np.ndarray) -> Measured:
-        rows, features = [], {}
+        rows, features, measured = [], {}, {}
         for (prompt_id, prompt), takes in zip(self.prompts, videos, strict=True):
-            rows += [measure(video, self._fps, prompt) for video in takes]
+            seen = [observe(video, self._fps, prompt) for video in takes]
+            rows += [score(observation) for observation in seen]
             features[prompt_id] = np.stack([distribution.features(video) for video in takes])
-        return Measured({name: float(np.mean([row[name] for row in rows])) for name in rows[0]}, features)
+            measured[prompt_id] = np.stack([quantities.measured(observation) for observation in seen])
+        return Measured({name: float(np.mean([row[name] for row in rows])) for name in rows[0]}, features, measured)
 
     def _values(self, found: Measured) -> Values:
         values = {
@@ -94,9 +104,10 @@ class Reference:
     def _distances(self, found: Measured) -> Values:
         """To the teacher's videos as a set."""
         own = distribution.TEACHER if found is self._teacher else "student"
-        sets = {distribution.TEACHER: self._teacher.features, own: found.features}
-        cells, _, _ = distribution.compare_sets(sets, RESAMPLES, seed=0)
-        return {OF_SETS[cell.metric]: cell.mean for cell in cells if cell.policy == own}
+        both = {distribution.TEACHER: self._teacher, own: found}
+        cells, _, _ = distribution.compare_sets({name: one.features for name, one in both.items()}, RESAMPLES, seed=0)
+        others, _, _ = quantities.set_distances({name: one.quantities for name, one in both.items()}, RESAMPLES, seed=0)
+        return {OF_SETS[cell.metric]: cell.mean for cell in [*cells, *others] if cell.policy == own}
 
 
 def diversity(features: Mapping[str, np.ndarray]) -> float:
