@@ -1,6 +1,6 @@
 """What one update is: an objective a file, all driven by the same trainer.
 
-To write one: a class with the members of `Objective`, a config section in `afd_train.config.Objective`, a `case` here.
+To write one: a class with the members of `Objective`, a config section in `afd_train.objective_config`, a `case` here.
 Every random number of step n follows from (seed, n) and its clip, so that a resumed run needs no generator states and
 several processes do what one does.
 """

@@ -98,6 +98,8 @@ def starting_score(setup: Setup, folder: str | None) -> CausalWan:
     net = found.net
     cast_weights(net.transformer, DTYPES[setup.student.config.dtype])
     net.window = setup.student.net.window
+    if setup.config.gradient_checkpointing:
+        net.transformer.enable_gradient_checkpointing()
     return net.requires_grad_(False).eval().to(setup.student.device)
 
 
