@@ -22,6 +22,8 @@ FREE_TO_CHANGE = {
     "trackers",
     "stop_margin",
     "stop_reference_distance",
+    "alarms",
+    "on_alarm",
     "shard",  # whether it was sharded is kept instead
 }
 

@@ -42,7 +42,7 @@ def evaluate(recipe: Recipe) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     with one_writer(out / ".lock", str(out)):
         steps = _training_log(train_folder(recipe) / "metrics.jsonl")
-        trained = _exported_step(train_folder(recipe) / "checkpoints")
+        trained = _exported_step(train_folder(recipe))
         clips = teacher + _generated(recipe, students, teacher, trained, cache)
         rows, features = measure.measure_clips(clips, recipe.video.fps, recipe.teacher.name == "playground")
         write_rows(out / "metrics.parquet", rows)
@@ -120,11 +120,18 @@ def _metric(groups: Mapping[str, Mapping[str, Metric]], name: str) -> Metric:
     return known[name]
 
 
-def _exported_step(checkpoints: Path) -> int:
-    """The step whose students lie in TRAIN/students: that of the newest checkpoint; 0 where there is none."""
-    from afd_train.checkpoint import latest_checkpoint
+def _exported_step(folder: Path) -> int:
+    """The step whose students lie in TRAIN/students: the newest checkpoint's, or the best where an alarm ended the run.
 
-    newest = latest_checkpoint(checkpoints)
+    0 where there is neither.
+    """
+    from afd_train.checkpoint import latest_checkpoint
+    from afd_train.ending import read_ending
+
+    ending = read_ending(folder)
+    if ending is not None and ending.best_step is not None:
+        return ending.best_step
+    newest = latest_checkpoint(folder / "checkpoints")
     return int(newest.name.removeprefix("step-")) if newest else 0
 
 

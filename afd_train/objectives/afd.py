@@ -14,10 +14,11 @@ from torch import Tensor
 
 from afd_data.stream import Example
 from afd_train.advantages import group_advantages, shuffled, weights_from_advantages
+from afd_train.diversity import diversity
 from afd_train.objective_config import AfdConfig
 from afd_train.objectives import Metrics, Setup
 from afd_train.objectives.forward_process import ForwardProcess, Step
-from afd_train.objectives.judge import Judge, told_apart
+from afd_train.objectives.judge import Judge
 from afd_train.objectives.warmup import held_out, warm_up
 from afd_train.policies import old_policy_decay
 
@@ -30,33 +31,33 @@ class AdversarialFlowDistillation:
     def __init__(self, setup: Setup, config: AfdConfig):
         self._setup = setup
         self._config = config
-        self._judge = Judge(setup)
+        self.judge = Judge(setup)
         self._forward_process = ForwardProcess(setup, config)
-        self.modules = {"discriminator": self._judge.net}
-        self.optimizers = {"discriminator": self._judge.optimizer}
+        self.modules = {"discriminator": self.judge.net}
+        self.optimizers = {"discriminator": self.judge.optimizer}
 
     def prepare(self, log: Callable[[int, Metrics], None]) -> None:
         """Warm the discriminator up."""
-        warm_up(self._setup, self._judge, log)
+        warm_up(self._setup, self.judge, log)
 
     def step(self, examples: Sequence[Example], step: int) -> Metrics:
         """One update of the discriminator and one of the student on K rollouts of every prompt."""
         drawn = Step.drawn(self._setup, examples, step)
-        rate = self._setup.discriminator.learning_rate
-        metrics = self._judge.learn(examples, drawn.clips, step, rate)
-        teacher, student = self._judge.score(examples, drawn.clips, step)  # the updated one
-        metrics |= told_apart("clean_", teacher, student)
+        metrics = self.judge.learn(examples, drawn.clips, step, self.judge.rate)
+        teacher, student = self.judge.score(examples, drawn.clips, step)  # the updated one
+        metrics |= self.judge.follow(teacher, student)
         scores = student.mean(1).unflatten(0, (len(examples), drawn.takes))
         behind = (teacher - student).mean(1).unflatten(0, scores.shape).mean(1)
         self._setup.margins.add(examples, behind, step, self._setup.processes)
         metrics["advantage/spread"] = float(scores.std(1).mean())
+        metrics["student/diversity"] = diversity(drawn.clips, drawn.takes)
         weight = weights_from_advantages(
             self._advantages(examples, scores, step).flatten(), self._config.advantage_clip
         )
         with self._setup.watch("update"):
             metrics |= self._forward_process.update(drawn, weight)
         self._setup.trainee.follow("old", old_policy_decay(self._config, step + 1))
-        return metrics | histogram(weight) | held_out(self._setup, self._judge, step)
+        return metrics | histogram(weight) | held_out(self._setup, self.judge, step)
 
     def _advantages(self, examples: Sequence[Example], scores: Tensor, step: int) -> Tensor:
         """Eq. 2: [P, K] -> [P, K], with the standard deviation over the groups of all processes."""
