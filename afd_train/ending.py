@@ -73,6 +73,20 @@ def ended(folder: Path, begun: bool) -> bool:
     return ending is not None
 
 
+def students_step(folder: Path) -> int:
+    """Steps of the students in TRAIN/students: the newest checkpoint's, or the best's where an alarm ended the run.
+
+    0 where there is neither.
+    """
+    from afd_train.checkpoint import latest_checkpoint, step_of
+
+    ending = read_ending(folder)
+    if ending is not None and ending.best_step is not None:
+        return ending.best_step
+    newest = latest_checkpoint(folder / "checkpoints")
+    return step_of(newest) if newest else 0
+
+
 def read_ending(folder: Path) -> Ending | None:
     """None for a run that its alarms have not ended.  Raises UserError for a file that afd did not write."""
     path = folder / DIAGNOSIS

@@ -16,6 +16,7 @@ from afd_data.errors import UserError
 from afd_data.files import atomic_write, one_writer
 from afd_data.progress import progress_bar
 from afd_train.config import EvalConfig, Recipe
+from afd_train.ending import students_step
 from afd_train.evaluation import clips as videos
 from afd_train.evaluation import distribution, measure, provenance, report
 from afd_train.evaluation.clips import Clip
@@ -42,7 +43,7 @@ def evaluate(recipe: Recipe) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     with one_writer(out / ".lock", str(out)):
         steps = _training_log(train_folder(recipe) / "metrics.jsonl")
-        trained = _exported_step(train_folder(recipe))
+        trained = students_step(train_folder(recipe))
         clips = teacher + _generated(recipe, students, teacher, trained, cache)
         rows, features = measure.measure_clips(clips, recipe.video.fps, recipe.teacher.name == "playground")
         write_rows(out / "metrics.parquet", rows)
@@ -118,21 +119,6 @@ def _metric(groups: Mapping[str, Mapping[str, Metric]], name: str) -> Metric:
             f"eval.primary_metric: {name!r} is not measured for this teacher. Allowed here: {', '.join(known)}."
         )
     return known[name]
-
-
-def _exported_step(folder: Path) -> int:
-    """The step whose students lie in TRAIN/students: the newest checkpoint's, or the best where an alarm ended the run.
-
-    0 where there is neither.
-    """
-    from afd_train.checkpoint import latest_checkpoint
-    from afd_train.ending import read_ending
-
-    ending = read_ending(folder)
-    if ending is not None and ending.best_step is not None:
-        return ending.best_step
-    newest = latest_checkpoint(folder / "checkpoints")
-    return int(newest.name.removeprefix("step-")) if newest else 0
 
 
 def _training_log(path: Path) -> list[dict[str, float]]:
