@@ -60,7 +60,7 @@ class Validation:
             videos = processes.gather(torch.from_numpy(videos[:, 0])).numpy()[: len(prompts)]
             found = self._found(videos, prompts, step) if processes.main else {}
             metrics = json.loads(processes.agree_text(json.dumps(found)))
-            return metrics | (self._diagnostics.run() if self._diagnostics else {})
+        return metrics | (self._diagnostics.run() if self._diagnostics else {})
 
     def _found(self, videos: np.ndarray, prompts: list[tuple[str, str]], step: int) -> Metrics:
         self._write_strip(videos[:STRIP_CLIPS], step, self._setup.student.video.fps)

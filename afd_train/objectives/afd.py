@@ -45,7 +45,7 @@ class AdversarialFlowDistillation:
         drawn = Step.drawn(self._setup, examples, step)
         metrics = self.judge.learn(examples, drawn.clips, step, self.judge.rate)
         teacher, student = self.judge.score(examples, drawn.clips, step)  # the updated one
-        metrics |= self.judge.follow(teacher, student)
+        metrics |= self.judge.steer(teacher, student)
         scores = student.mean(1).unflatten(0, (len(examples), drawn.takes))
         behind = (teacher - student).mean(1).unflatten(0, scores.shape).mean(1)
         self._setup.margins.add(examples, behind, step, self._setup.processes)

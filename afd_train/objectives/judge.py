@@ -84,7 +84,7 @@ class Judge:
             pairs = list(self._pairs(examples, rollouts, step, noisy=False))
         return torch.cat([part.teacher for part in pairs]), torch.cat([part.student for part in pairs])
 
-    def follow(self, teacher: Tensor, student: Tensor) -> Metrics:
+    def steer(self, teacher: Tensor, student: Tensor) -> Metrics:
         """Set the next step's learning rate by a step's clean scores, [P K, S] each, paired; returns its log entries.
 
         All processes call it, once a step, after `score`.
