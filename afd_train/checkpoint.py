@@ -26,7 +26,7 @@ from afd_data.errors import UserError
 from afd_data.files import PART, atomic_folder, file_sha256
 from afd_train.parallel import Processes
 
-FORMAT = 4
+FORMAT = 5
 NAME = re.compile(r"step-(\d+)")
 
 

@@ -6,12 +6,14 @@ receives its own section only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from afd_data.config import DataConfig
 from afd_data.section import Config
+from afd_train.alarm_config import AlarmsConfig
 from afd_train.discriminator_config import DiscriminatorConfig, SpaceTimeConfig
 from afd_train.objective_config import ADVERSARIAL, AfdConfig, BranchConfig, GanConfig, ObjectiveConfig
 from afd_train.student_config import StudentConfig
@@ -42,6 +44,12 @@ class TrainConfig(Config):
     policy: FullConfig | LoraConfig = Field(default=FullConfig(), discriminator="name")
     steps: int = Field(default=200, ge=1, description="updates of the student")
     prompts_per_step: int = Field(default=8, ge=1, description="distinct prompts in a step, over all processes")
+    hardest: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of a step's prompts that is drawn from the quarter with the largest margins instead",
+    )
     rollouts_per_prompt: int = Field(default=8, ge=1, description="student videos (K) drawn for each of them")
     clips_per_pass: int | None = Field(
         default=None,
@@ -87,13 +95,23 @@ class TrainConfig(Config):
     held_out_per_step: int = Field(
         default=4, ge=0, description="held-out prompts that the discriminator is checked on, every step"
     )
-    stop_margin: float = Field(
-        default=10.0, gt=0, description="stop when the discriminator's mean margin (teacher - student) exceeds this"
+    stop_margin: float | None = Field(
+        default=10.0, gt=0, description="alarm when the discriminator's mean margin (teacher - student) exceeds this"
     )
-    stop_reference_distance: float = Field(
+    stop_reference_distance: float | None = Field(
         default=1.0,
         gt=0,
-        description="stop when the student is this far from its reference (|v - v_ref|^2 / |v_ref|^2)",
+        description="alarm when the student is this far from its reference (|v - v_ref|^2 / |v_ref|^2)",
+    )
+    alarms: AlarmsConfig = AlarmsConfig()
+    on_alarm: Literal["stop", "warn", "best"] = Field(
+        default="stop",
+        description="stop: end with an error, the last checkpoint intact; warn: say it once and go on; best: end well, "
+        "with the students of the best validation (a value that is not finite always ends a run)",
+    )
+    best_metric: str | None = Field(
+        default="validation/object_permanence",
+        description="of validation, by which students/best is kept where it is measured; null keeps none",
     )
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
 
@@ -104,6 +122,8 @@ class TrainConfig(Config):
             raise ValueError(
                 f"rollouts_per_prompt: {self.objective.name} compares rollouts of one prompt and needs at least 2"
             )
+        if self.hardest and self.objective.name not in ADVERSARIAL:
+            raise ValueError(f"hardest: {self.objective.name} measures no margins to choose prompts by; set it to 0")
         if isinstance(self.objective, AfdConfig) and self.objective.context_gradient and self.chunk_by_chunk:
             raise ValueError(
                 "chunk_by_chunk: a context that carries gradient is computed with its clip; set "
@@ -165,6 +185,8 @@ class Recipe(DataConfig):
             problem := self.discriminator.problem_with(shape, self.student.chunk_frames)
         ):
             raise ValueError(f"discriminator.{problem}")
+        if self.discriminator.warmup_patience is not None:
+            self._check_held_out(runs)
         if not self.discriminator.per_chunk and any(_wants_chunks(run.objective) for run in runs):
             raise ValueError(
                 "discriminator.name: this objective weighs chunks one by one and needs a discriminator that scores "
@@ -178,6 +200,15 @@ class Recipe(DataConfig):
         if "lora" in self.export.formats and self.train.policy.name != "lora":
             raise ValueError("export.formats: lora needs train.policy.name=lora; all weights are trained here")
         return self
+
+    def _check_held_out(self, runs: Sequence[TrainConfig]) -> None:
+        """A warm-up that stops itself looks at held-out prompts."""
+        adversarial = [run for run in runs if run.objective.name in ADVERSARIAL]
+        if adversarial and (self.prompts.validation == 0 or any(run.held_out_per_step == 0 for run in adversarial)):
+            raise ValueError(
+                "discriminator.warmup_patience: watches the loss on held-out prompts, and there are none; set "
+                "prompts.validation and train.held_out_per_step above 0, or warmup_patience to null"
+            )
 
 
 def _wants_chunks(objective: ObjectiveConfig) -> bool:

@@ -25,6 +25,8 @@ FREE_TO_CHANGE = {
     "trackers",
     "stop_margin",
     "stop_reference_distance",
+    "alarms",
+    "on_alarm",
     "shard",  # whether it was sharded is kept instead
 }
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from afd_train.config import TrainConfig
 from afd_train.parallel import Processes, gradient_norm, scale_gradients
+
+Snapshot = tuple[list[Tensor], dict[str, Any]]
 
 
 class Optimizer:
@@ -68,6 +72,19 @@ class Optimizer:
         state: dict[str, Tensor] = net.state_dict(keep_vars=True)
         moving = {key: value for key, value in state.items() if value in masters or not isinstance(value, nn.Parameter)}
         return {name: masters.get(value, value).detach() for name, value in moving.items()}
+
+    def snapshot(self) -> Snapshot:
+        """A copy of the weights that are trained and of what AdamW remembers."""
+        return [master.detach().clone() for master in self.masters], copy.deepcopy(self.adamw.state_dict())
+
+    @torch.no_grad()
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot."""
+        weights, state = snapshot
+        for master, weight in zip(self.masters, weights, strict=True):
+            master.copy_(weight)
+        self.adamw.load_state_dict(state)
+        self.synchronise()
 
     @torch.no_grad()
     def synchronise(self) -> None:

@@ -1,4 +1,4 @@
-"""The policies of a run over one network: the student that learns, and the old, reference and averaged ones.
+"""The policies of a run over one network: the student that learns, and the old, reference, averaged and best ones.
 
 A policy that is not learning is a list of weights which act in the network for the length of a `with` block
 (`Trainee.acting`), so that none can be left switched on.  Weights that are trained in bfloat16 have a float32 master
@@ -22,7 +22,7 @@ from afd_train.parallel import Processes
 from afd_train.students.causal_wan import CausalWan
 
 Net = TypeVar("Net", bound=nn.Module)
-Policy = Literal["student", "ema", "old", "reference", "behind"]
+Policy = Literal["student", "ema", "old", "reference", "behind", "best"]
 
 ADAPTER = "default"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -141,6 +141,12 @@ class Trainee:
         """policy <- decay policy + (1 - decay) student, weight by weight, in float32."""
         for mean, master in zip(self.copies[policy], self.optimizer.masters, strict=True):
             mean.lerp_(master.detach().to(mean.device), 1 - decay)
+
+    @torch.no_grad()
+    def keep_best(self) -> None:
+        """best <- ema."""
+        for best, mean in zip(self.copies["best"], self.copies["ema"], strict=True):
+            best.copy_(mean)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint keeps: the student's masters and every copy that moves, by name; they are the live tensors.

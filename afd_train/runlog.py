@@ -49,6 +49,7 @@ class RunLog:
     def __init__(self, folder: Path, accelerator: Accelerator, resume_from: int | None, steps: int):
         """`resume_from`: drop lines of this step and later, which a killed run wrote after its last checkpoint."""
         self._accelerator = accelerator
+        self._warming = False
         self._main = accelerator.is_main_process
         self._metrics, self._timings = folder / "metrics.jsonl", folder / "timings.jsonl"
         if self._main:
@@ -64,13 +65,14 @@ class RunLog:
             _append(self._metrics, {"step": step, **metrics})
             _append(self._timings, {"step": step, **timings})
         self._accelerator.log({**metrics, **timings}, step=max(step, 0))
-        if step >= 0:
-            self._bar.update()
-        else:
+        if step < 0:
             self._bar.set_description(f"warm-up {-step}", refresh=False)
-        if step == -1:  # the rate and ETA of the steps to come do not count the warm-up
+        elif self._warming:  # the rate and ETA of the steps to come do not count the warm-up, which may end early
             self._bar.set_description("train", refresh=False)
             self._bar.reset()
+        if step >= 0:
+            self._bar.update()
+        self._warming = step < 0
         shown = {"loss": "student/loss", "margin": "discriminator/margin", "ref": "student/reference_distance"}
         values = {name: f"{metrics[key]:.3f}" for name, key in shown.items() if key in metrics}
         self._bar.set_postfix(values, refresh=False)

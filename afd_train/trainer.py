@@ -8,7 +8,9 @@ from the evaluation student of the one before.  The same command again resumes: 
     TRAIN/checkpoints/step-NNNNNN/                     everything needed to go on
     TRAIN/margins.parquet                              how far the student is behind the teacher on each prompt
     TRAIN/students/{base,student,ema}/                 before, after, and the running average that is evaluated
+    TRAIN/students/best/                               the average that did best in validation, where it is measured
     TRAIN/validation/step-NNNNNN.mp4                   the same held-out prompts and noise every time
+    TRAIN/diagnosis.json                               why alarms ended the run, where they were to (train.on_alarm)
     TRAIN/pretrain-N/...                               the same for a phase before
 """
 
@@ -21,9 +23,10 @@ from pathlib import Path
 from afd_data.errors import UserError
 from afd_data.files import one_writer
 from afd_data.margins import MARGINS
-from afd_train.alarms import Alarms
+from afd_train.alarms import Alarms, DivergedError
+from afd_train.batch import check_prompts, next_examples
+from afd_train.best import Best, measured_metric
 from afd_train.checkpoint import (
-    Parts,
     latest_checkpoint,
     load_checkpoint,
     load_state,
@@ -32,16 +35,20 @@ from afd_train.checkpoint import (
     save_checkpoint,
     saved_states,
 )
-from afd_train.config import LoraConfig, Recipe, TrainConfig
+from afd_train.config import Recipe, TrainConfig
+from afd_train.ending import end_with_best, ended
+from afd_train.exported import Students
 from afd_train.feed import Feed
 from afd_train.identity import check_identity, identity_of
 from afd_train.objective_config import policies_of
 from afd_train.objectives import Metrics, Setup, open_objective
-from afd_train.parallel import Processes, check_processes, open_accelerator, whole
-from afd_train.policies import Policy, Trainee, lora_targets, plain_state
+from afd_train.objectives.judge import judge_of
+from afd_train.parallel import Processes, check_processes, open_accelerator
+from afd_train.policies import Policy, Trainee
+from afd_train.run_state import RunState
 from afd_train.runlog import RunLog, Stopwatch, clock_of
 from afd_train.runs import train_folder
-from afd_train.students.folder import save_adapter, save_student, starting_student
+from afd_train.students.folder import starting_student
 from afd_train.validation import Validation
 
 log = logging.getLogger(__name__)
@@ -89,6 +96,8 @@ class Trainer:
         if recorded and self._finished(recorded["step"]):
             log.info(f"{self.folder}: done, after {recorded['step']} steps")
             return
+        if ended(self.folder, begun=recorded is not None):
+            return
         self._place()
         kept = [state["data"] for state in saved_states(self.folder / "checkpoints")]
         self.feed = Feed(self._recipe, self.folder, self.student, self.processes, kept)
@@ -119,7 +128,12 @@ class Trainer:
         config, net = self.config, self.student.net
         if not self.processes.sharded:  # a share of it goes to the GPU below, and no more
             net.to(self.processes.device)
-        self.trainee = Trainee(net, config, self.processes, self._recipe.seed, policies_of(config.objective))
+        metric = measured_metric(self._recipe, config)
+        kept: tuple[Policy, ...] = ("best",) if metric else ()
+        policies = (*policies_of(config.objective), *kept)
+        self.trainee = Trainee(net, config, self.processes, self._recipe.seed, policies)
+        self.best = Best(self.trainee, metric)
+        self.students = Students(self.folder / "students", self.student, self.trainee, config, self.processes)
 
     def _open(self) -> None:
         """Everything else that a step needs."""
@@ -137,21 +151,28 @@ class Trainer:
             watch=self.watch,
             teacher_latents=self.feed.latents,
         )
+        check_prompts(self.setup)
         self.objective = open_objective(self.setup)
-        self.validation = Validation(self.setup, self.folder / "validation", exact=recipe.teacher.name == "playground")
-        self.alarms = Alarms(config)
+        exact = recipe.teacher.name == "playground"
+        self.validation = Validation(self.setup, self.folder / "validation", exact, judge_of(self.objective))
+        self.alarms = Alarms(config, measured=self.validation.exact)
+        self.state = RunState(self.trainee, self.objective, self.feed, self.setup.margins, self.best, self.alarms)
 
     def _train(self, step: int | None) -> None:
         self.accelerator.init_trackers("tensorboard")
         self.runlog = RunLog(self.folder, self.accelerator, step, self.config.steps)
         try:
             if step is None:
-                self._export("base", "student")
+                self.students.write("base", "student")
                 start = self._clock()
                 self.objective.prepare(self._log)
                 self._seconds += self.processes.mean({"seconds": self._clock() - start})["seconds"]
                 self._save(0)
             self._loop(step or 0)
+        except DivergedError as error:
+            if self.config.on_alarm != "best":
+                raise
+            end_with_best(self.folder, error.diagnosis, self.best, self.students, self.processes)
         finally:
             self.runlog.close()
 
@@ -160,7 +181,7 @@ class Trainer:
         for step in range(first, config.steps):
             start = self._clock()
             with self.watch("data"):
-                examples = self.feed.stream.next_batch(config.prompts_per_step // self.processes.count)
+                examples = next_examples(self.setup, step)
             metrics = self.objective.step(examples, step)
             # Averaged, so that all processes stop, and sound the alarm, at the same step.
             metrics = self.processes.mean(metrics | {"seconds": self._clock() - start})
@@ -170,6 +191,7 @@ class Trainer:
             last = self._finished(done)
             if done % config.validate_every_steps == 0 or last:
                 metrics |= self.validation.run(done)
+                self.best.update(done, metrics)
             self._log(step, metrics)
             self.alarms.check(step, metrics)
             if done % config.save_every_steps == 0 or last:
@@ -185,66 +207,29 @@ class Trainer:
     def _log(self, step: int, metrics: Metrics) -> None:
         self.runlog.write(step, metrics, self.watch.read())
 
-    def _parts(self) -> Parts:
-        """What a checkpoint keeps; the same tensors that training moves."""
-        own = self.objective.optimizers
-        others = {
-            name: own[name].exact(net) if name in own else net.state_dict()
-            for name, net in self.objective.modules.items()
-        }
-        optimizers = {"student": self.trainee.optimizer, **own}
-        return Parts({**self.trainee.state(), **others}, {name: each.adamw for name, each in optimizers.items()})
-
     def _save(self, step: int, last: bool = False) -> None:
         if not last:  # before the state is taken: the checkpoint records what is read from here on
             self.feed.follow(step)
-        state = {
-            "step": step,
-            "seconds": self._seconds,
-            "data": self.feed.state_dict(),
-            "margins": self.setup.margins.state_dict(),
-            "alarms": self.alarms.state_dict(),
-            "identity": self._identity,
-        }
+        counted = {"step": step, "seconds": self._seconds, "identity": self._identity}
+        state = counted | self.state.state_dict()
         # Students first: a finished run's checkpoint promises that they are there.
-        self._export("student", "student")
-        self._export("ema", "ema")
+        self.students.write("student", "student")
+        self.students.write("ema", "ema")
+        if self.best.step is not None:
+            self.students.write("best", "best")
         if self.processes.main:
             self.setup.margins.write(self.folder / MARGINS)
         folder = self.folder / "checkpoints"
-        save_checkpoint(folder / f"step-{step:06d}", self._parts(), state, self.processes)
+        save_checkpoint(folder / f"step-{step:06d}", self.state.parts(), state, self.processes)
         if self.processes.main:
             prune_checkpoints(folder, self.config.keep_checkpoints)
             self.feed.keep([state["data"] for state in saved_states(folder)])
-
-    def _export(self, name: str, acting: Policy) -> None:
-        """Write a policy as a student folder; but for the base, an adapted one is an adapter beside it."""
-        target = self.folder / "students" / name
-        with self.trainee.acting(acting):  # the tensors below are live
-            adapter = None if name == "base" else self.trainee.adapter_state()
-            state = {}
-            for key, value in (adapter or plain_state(self.student.net)).items():
-                full = whole(value)  # all processes have a part in it
-                if self.processes.main:
-                    state[key] = full.cpu()
-            if self.processes.main and adapter is None:
-                save_student(self.student, target, state=state)
-            elif self.processes.main:
-                policy = self.config.policy
-                assert isinstance(policy, LoraConfig)
-                targets = list(lora_targets(policy))
-                save_adapter(target, self.student, "../base", state, policy.rank, policy.alpha, targets)
-        self.processes.wait()
 
     def _resume(self) -> int | None:
         """Restore the newest checkpoint; returns its step, None if there is none."""
         if self._checkpoint is None:
             return None
-        state = load_checkpoint(self._checkpoint, self._parts())
-        for optimizer in (self.trainee.optimizer, *self.objective.optimizers.values()):
-            optimizer.synchronise()
-        self.feed.load_state_dict(state["data"])
-        self.setup.margins.load_state_dict(state["margins"])
-        self.alarms.load_state_dict(state["alarms"])
+        state = load_checkpoint(self._checkpoint, self.state.parts())
+        self.state.load_state_dict(state)
         log.info(f"resuming from {self._checkpoint}")
         return state["step"]

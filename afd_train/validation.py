@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Set
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import torch
 from afd_data.config import VideoConfig
 from afd_data.stream import Stream
 from afd_data.video import write_mp4
+from afd_train.diagnostics import Diagnostics
 from afd_train.objectives import Metrics, Setup
+from afd_train.objectives.judge import Judge
 
 NOISE_SEED = 2**30  # of validation; far from the seeds of training steps
 STRIP_CLIPS = 8
@@ -20,23 +23,30 @@ STRIP_WIDTH = 2048  # a strip of large clips holds fewer of them
 
 
 class Validation:
-    """Draws the averaged student on held-out prompts."""
+    """Draws the averaged student on held-out prompts.
 
-    def __init__(self, setup: Setup, folder: Path, exact: bool):
+    exact: whether physics are measured.
+    """
+
+    def __init__(self, setup: Setup, folder: Path, exact: bool, judge: Judge | None = None):
         """`exact`: the prompts are of the playground, whose physics can be measured.
 
         Where no prompts are held out, training prompts are drawn, and nothing is measured on them.
         """
         self._setup = setup
         self._folder = folder
-        self._exact = exact and setup.held_out is not None
+        self.exact = exact and setup.held_out is not None
         limit = setup.config.validation_prompts
         # Where nothing is measured, no more are drawn than the strip shows.
         shown = min(limit, STRIP_CLIPS, fitting(setup.student.video))
-        self._limit = limit if self._exact else shown
+        self._diagnostics = Diagnostics(setup, judge, self.exact) if judge else None
+        self._limit = limit if self.exact else shown
 
     def run(self, step: int) -> Metrics:
-        """Write the strip of `step` and return means over the clips, as `validation/...`; all processes draw."""
+        """Write the strip of `step` and return means over the clips, as `validation/...`, and the discriminator's.
+
+        All processes draw, and all get the same.
+        """
         setup, processes = self._setup, self._setup.processes
         # Of the generation that is read now, whatever was read when the run was started or resumed.
         prompts = prompts_of(setup.held_out or setup.stream, self._limit)
@@ -48,10 +58,13 @@ class Validation:
                 videos = setup.student.videos(own, NOISE_SEED, takes=1, batch=setup.config.clips_per_pass or len(own))
             setup.student.autoencoder.release()
             videos = processes.gather(torch.from_numpy(videos[:, 0])).numpy()[: len(prompts)]
-            if not processes.main:
-                return {}
-            self._write_strip(videos[:STRIP_CLIPS], step, setup.student.video.fps)
-            return self._measure(videos, prompts) if self._exact else {}
+            found = self._found(videos, prompts, step) if processes.main else {}
+            metrics = json.loads(processes.agree_text(json.dumps(found)))
+        return metrics | (self._diagnostics.run() if self._diagnostics else {})
+
+    def _found(self, videos: np.ndarray, prompts: list[tuple[str, str]], step: int) -> Metrics:
+        self._write_strip(videos[:STRIP_CLIPS], step, self._setup.student.video.fps)
+        return self._measure(videos, prompts) if self.exact else {}
 
     def _measure(self, videos: np.ndarray, prompts: list[tuple[str, str]]) -> Metrics:
         from afd_train.evaluation.physics import measure

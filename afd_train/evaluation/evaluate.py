@@ -17,6 +17,7 @@ from afd_data.errors import UserError
 from afd_data.files import atomic_write, one_writer
 from afd_data.progress import progress_bar
 from afd_train.config import EvalConfig, Recipe
+from afd_train.ending import students_step
 from afd_train.evaluation import clips as videos
 from afd_train.evaluation import distribution, measure, provenance, quantities, relative, report
 from afd_train.evaluation.clips import Clip
@@ -44,7 +45,7 @@ def evaluate(recipe: Recipe) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     with one_writer(out / ".lock", str(out)):
         steps = _training_log(train_folder(recipe) / "metrics.jsonl")
-        trained = _exported_step(train_folder(recipe) / "checkpoints")
+        trained = students_step(train_folder(recipe))
         clips = teacher + _generated(recipe, students, teacher, trained, cache)
         videos.keep_first_takes(teacher, out / "videos" / "teacher", recipe.video)
         measured = measure.measure_clips(clips, recipe.video.fps, world)
@@ -122,14 +123,6 @@ def _metric(groups: measure.Groups, name: str) -> Metric:
             f"eval.primary_metric: {name!r} is not measured for this teacher. Allowed here: {', '.join(known)}."
         )
     return known[name]
-
-
-def _exported_step(checkpoints: Path) -> int:
-    """The step whose students lie in TRAIN/students: that of the newest checkpoint; 0 where there is none."""
-    from afd_train.checkpoint import latest_checkpoint
-
-    newest = latest_checkpoint(checkpoints)
-    return int(newest.name.removeprefix("step-")) if newest else 0
 
 
 def _training_log(path: Path) -> list[dict[str, float]]:

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from afd_data.stream import Example
 from afd_train.advantages import advantages_of, shuffled, weights_from_advantages
+from afd_train.diversity import diversity
 from afd_train.objective_config import AfdConfig
 from afd_train.objectives import Metrics, Setup
 from afd_train.objectives.flow_matching import accumulate_teacher_forced, warm_start
 from afd_train.objectives.forward_process import ForwardProcess, Step
-from afd_train.objectives.judge import Judge, told_apart
+from afd_train.objectives.judge import Judge
 from afd_train.objectives.warmup import held_out, warm_up
 from afd_train.policies import old_policy_decay
 
@@ -32,28 +33,28 @@ class AdversarialFlowDistillation:
     def __init__(self, setup: Setup, config: AfdConfig):
         self._setup = setup
         self._config = config
-        self._judge = Judge(setup)
+        self.judge = Judge(setup)
         self._forward_process = ForwardProcess(setup, config)
-        self.modules = {"discriminator": self._judge.net}
-        self.optimizers = {"discriminator": self._judge.optimizer}
+        self.modules = {"discriminator": self.judge.net}
+        self.optimizers = {"discriminator": self.judge.optimizer}
 
     def prepare(self, log: Callable[[int, Metrics], None]) -> None:
         """Supervised steps where the recipe wants them, then the discriminator's warm-up."""
         warm_start(self._setup, self._config.sft_steps, log)
-        warm_up(self._setup, self._judge, log)
+        warm_up(self._setup, self.judge, log)
 
     def step(self, examples: Sequence[Example], step: int) -> Metrics:
         """One update of the discriminator and one of the student on K rollouts of every prompt."""
         drawn = self._drawn(examples, step)
-        rate = self._setup.discriminator.learning_rate
-        metrics = self._judge.learn(examples, drawn.clips, step, rate)
-        teacher, student = self._judge.score(examples, drawn.clips, step)  # the updated one
-        metrics |= told_apart("clean_", teacher, student)
+        metrics = self.judge.learn(examples, drawn.clips, step, self.judge.rate)
+        teacher, student = self.judge.score(examples, drawn.clips, step)  # the updated one
+        metrics |= self.judge.steer(teacher, student)
         groups = (len(examples), drawn.takes)
         behind = (teacher - student).mean(1).unflatten(0, groups).mean(1)
         self._setup.margins.add(examples, behind, step, self._setup.processes)
         scores = student.unflatten(0, groups)
         metrics["advantage/spread"] = float(scores.mean(2).std(1).mean())
+        metrics["student/diversity"] = diversity(drawn.clips, drawn.takes)
         advantages = self._advantages(examples, scores, step).flatten(0, 1)
         weight = weights_from_advantages(advantages, self._config.advantage_clip)
         if self._config.sft_weight:
@@ -62,7 +63,7 @@ class AdversarialFlowDistillation:
         with self._setup.watch("update"):
             metrics |= self._forward_process.update(drawn, weight)
         self._setup.trainee.follow("old", old_policy_decay(self._config, step + 1))
-        return metrics | histogram(weight.flatten()) | held_out(self._setup, self._judge, step)
+        return metrics | histogram(weight.flatten()) | held_out(self._setup, self.judge, step)
 
     def _drawn(self, examples: Sequence[Example], step: int) -> Step:
         """K rollouts of every prompt, by the current student; by one that stays behind for the off-policy ablation."""

@@ -27,13 +27,14 @@ from torch import Tensor
 
 from afd_data.stream import Example
 from afd_train.advantages import SMALLEST_DEVIATION, clipped, shuffled
+from afd_train.diversity import diversity
 from afd_train.flow import clean_from_velocity, noised
 from afd_train.losses import branch_shift, branching_loss, prior_loss
 from afd_train.objective_config import BranchConfig
 from afd_train.objectives import Metrics, Setup
 from afd_train.objectives.branching import Branches, draw_branches
 from afd_train.objectives.flow_matching import accumulate_teacher_forced, warm_start
-from afd_train.objectives.judge import Judge, told_apart
+from afd_train.objectives.judge import Judge
 from afd_train.objectives.parts import Part, parts_of
 from afd_train.objectives.warmup import held_out, warm_up
 from afd_train.policies import Policy, old_policy_decay
@@ -58,26 +59,27 @@ class BranchedFlowDistillation:
     def __init__(self, setup: Setup, config: BranchConfig):
         self._setup = setup
         self._config = config
-        self._judge = Judge(setup)
+        self.judge = Judge(setup)
         self._sampler = Sampler.of(setup.student.config, training=True)
-        self.modules = {"discriminator": self._judge.net}
-        self.optimizers = {"discriminator": self._judge.optimizer}
+        self.modules = {"discriminator": self.judge.net}
+        self.optimizers = {"discriminator": self.judge.optimizer}
 
     def prepare(self, log: Callable[[int, Metrics], None]) -> None:
         """Supervised steps where the recipe wants them, then the discriminator's warm-up."""
         warm_start(self._setup, self._config.sft_steps, log)
-        warm_up(self._setup, self._judge, log)
+        warm_up(self._setup, self.judge, log)
 
     def step(self, examples: Sequence[Example], step: int) -> Metrics:
         """One update of the discriminator and one of the student on the branches of every prompt."""
         setup = self._setup
         branches = draw_branches(setup, examples, step)
-        metrics = self._judge.learn(examples, branches.followed, step, setup.discriminator.learning_rate)
-        teacher, student = self._judge.score(examples, branches.followed, step)  # the updated one
-        metrics |= told_apart("clean_", teacher, student)
+        metrics = self.judge.learn(examples, branches.followed, step, self.judge.rate)
+        teacher, student = self.judge.score(examples, branches.followed, step)  # the updated one
+        metrics |= self.judge.steer(teacher, student)
         setup.margins.add(examples, (teacher - student).mean(1), step, setup.processes)
-        scores = self._judge.score_branches(examples, branches.followed, branches.candidates, step)
+        scores = self.judge.score_branches(examples, branches.followed, branches.candidates, step)
         metrics["advantage/spread"] = float(scores.std(1).mean())
+        metrics["student/diversity"] = diversity(branches.candidates.flatten(0, 1), branches.candidates.shape[1])
         advantages = self._advantages(examples, scores, step)
         if self._config.sft_weight:
             anchor = accumulate_teacher_forced(setup, examples, step, "anchor", self._config.sft_weight)
@@ -85,7 +87,7 @@ class BranchedFlowDistillation:
         with setup.watch("update"):
             metrics |= self._update(examples, branches, advantages, step)
         setup.trainee.follow("old", old_policy_decay(self._config, step + 1))
-        return metrics | held_out(setup, self._judge, step)
+        return metrics | held_out(setup, self.judge, step)
 
     def _advantages(self, examples: Sequence[Example], scores: Tensor, step: int) -> Tensor:
         """[P, M, chunks] -> the same, adding up to 0 over M, in deviations over the branches of all processes."""

@@ -18,7 +18,7 @@ from afd_train.flow import clean_from_velocity
 from afd_train.losses import prior_loss
 from afd_train.objective_config import GanConfig
 from afd_train.objectives import Metrics, Setup
-from afd_train.objectives.judge import Judge, told_apart
+from afd_train.objectives.judge import Judge
 from afd_train.objectives.parts import Part, parts_of
 from afd_train.objectives.warmup import held_out, warm_up
 from afd_train.rollout import Sampler
@@ -49,29 +49,29 @@ class Adversarial:
     def __init__(self, setup: Setup, config: GanConfig):
         self._setup = setup
         self._config = config
-        self._judge = Judge(setup)
+        self.judge = Judge(setup)
         self._sampler = Sampler.of(setup.student.config, training=True)
-        self.modules = {"discriminator": self._judge.net}
-        self.optimizers = {"discriminator": self._judge.optimizer}
+        self.modules = {"discriminator": self.judge.net}
+        self.optimizers = {"discriminator": self.judge.optimizer}
 
     def prepare(self, log: Callable[[int, Metrics], None]) -> None:
         """Warm the discriminator up."""
-        warm_up(self._setup, self._judge, log)
+        warm_up(self._setup, self.judge, log)
 
     def step(self, examples: Sequence[Example], step: int) -> Metrics:
         """One update of the discriminator and one of the student on K rollouts of every prompt."""
         setup = self._setup
         drawn = self._draw(examples, step)
         clips = torch.cat([some.clips for some in drawn])
-        metrics = self._judge.learn(examples, clips, step, setup.discriminator.learning_rate)
-        pull = self._judge.pull(examples, clips, step)  # of the updated one
-        metrics |= told_apart("clean_", pull.teacher, pull.student)
+        metrics = self.judge.learn(examples, clips, step, self.judge.rate)
+        pull = self.judge.pull(examples, clips, step)  # of the updated one
+        metrics |= self.judge.steer(pull.teacher, pull.student)
         behind = (pull.teacher - pull.student).mean(1).unflatten(0, (len(examples), -1)).mean(1)
         setup.margins.add(examples, behind, step, setup.processes)
         metrics["student/loss"] = pull.loss
         with setup.watch("update"):
             metrics |= self._update(drawn, pull.gradient, step)
-        return metrics | held_out(setup, self._judge, step)
+        return metrics | held_out(setup, self.judge, step)
 
     def _draw(self, examples: Sequence[Example], step: int) -> list[Drawn]:
         """Roll out the current student."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ from afd_train.losses import (
     logistic_loss,
     non_saturating_loss,
 )
-from afd_train.objectives import Metrics, Setup
+from afd_train.objectives import Metrics, Objective, Setup
+from afd_train.objectives.band import MarginController
 from afd_train.objectives.parts import Part, parts_of
 
 
@@ -65,6 +67,12 @@ class Judge:
         self._config = setup.discriminator
         self.net = open_discriminator(setup.discriminator, setup.student, setup.seed).to(setup.student.device)
         self.optimizer = setup.optimizer(self.net, setup.discriminator.weight_decay, betas=(0.5, 0.99))
+        self.controller = MarginController(setup.discriminator.band)
+
+    @property
+    def rate(self) -> float:
+        """Learning rate while the student trains, as the margins so far have made it."""
+        return self._config.learning_rate * self.controller.factor
 
     def learn(self, examples: Sequence[Example], rollouts: Tensor, step: int, rate: float) -> Metrics:
         """One step on pairs of a rollout, [P K, F, C, h, w], and the teacher's video of its prompt."""
@@ -142,6 +150,15 @@ class Judge:
                 return bradley_terry_loss(student, teacher) + self._config.chunk_loss_weight * chunks
             case "logistic":
                 return non_saturating_loss(student)
+
+    def steer(self, teacher: Tensor, student: Tensor) -> Metrics:
+        """Set the next step's learning rate by a step's clean scores, [P K, S] each, paired; returns its log entries.
+
+        All processes call it, once a step, after `score`.
+        """
+        metrics = told_apart("clean_", teacher, student) | {"discriminator/learning_rate": self.rate}
+        self.controller.update(self._setup.processes.mean(metrics)["discriminator/clean_margin"])
+        return metrics
 
     def _loss(self, pairs: Pairs) -> Tensor:
         config = self._config
@@ -232,6 +249,18 @@ class Judge:
         levels = setup.draws(step, "noise level", examples)
         noises = setup.draws(step, "teacher", examples), setup.draws(step, "student", examples, part.takes)
         return input_noise(shape, group, self._config.input_noise, levels, noises)
+
+
+@runtime_checkable
+class Judged(Protocol):
+    """An objective that has a discriminator."""
+
+    judge: Judge
+
+
+def judge_of(objective: Objective) -> Judge | None:
+    """The objective's discriminator, None where it has none."""
+    return objective.judge if isinstance(objective, Judged) else None
 
 
 def told_apart(which: str, teacher: Tensor, student: Tensor) -> Metrics:

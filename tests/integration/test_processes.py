@@ -29,6 +29,7 @@ TRAIN: dict[str, Any] = {
     "save_every_steps": 1, "keep_checkpoints": 9, "validate_every_steps": 2, "validation_prompts": 3,
     "held_out_per_step": 2,
 }  # fmt: skip
+HARDEST = {"hardest": 0.5}  # of adversarial objectives
 STUDENT = {"dim": 24, "heads": 2, "layers": 2, "ffn_dim": 32, "text_tokens": 6, "text_dim": 16}
 LORA = ["train.policy.name=lora", "train.policy.rank=4", "train.policy.alpha=4"]
 PARTS = ["train.chunk_by_chunk=true", "train.gradient_checkpointing=true", "train.clips_per_pass=2"]
@@ -60,9 +61,17 @@ def recipe_file(playground_cache: Path, tmp_path_factory: pytest.TempPathFactory
         "teacher": {"name": "playground"},
         "stream": {"folder": str(playground_cache)},
         "student": STUDENT,
-        "discriminator": {"dim": 16, "heads": 2, "layers": 1, "warmup_steps": 2, "warmup_prompts": 4},
+        "discriminator": {
+            "dim": 16,
+            "heads": 2,
+            "layers": 1,
+            "warmup_steps": 2,
+            "warmup_prompts": 4,
+            "warmup_patience": 5,
+            "band": {"low": 0.5, "high": 1.0},
+        },
         "pretrain": [TRAIN | {"objective": {"name": "flow-matching"}, "steps": 2}],
-        "train": TRAIN,
+        "train": TRAIN | HARDEST,
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder / "recipe.yaml"

@@ -77,7 +77,7 @@ def test_every_phase_leaves_its_log_students_checkpoints_and_strips(unbroken):
     folder = train_folder(unbroken)
     for phase, steps in ((folder / "pretrain-0", 4), (folder / "pretrain-1", 3), (folder, 5)):
         assert [row["step"] for row in read_metrics(phase / "metrics.jsonl") if row["step"] >= 0] == list(range(steps))
-        assert {path.name for path in (phase / "students").iterdir()} == {"base", "student", "ema"}
+        assert {path.name for path in (phase / "students").iterdir()} == {"base", "student", "ema", "best"}
         assert (phase / "checkpoints" / f"step-{steps:06d}" / "state.json").is_file()
         assert (phase / "validation" / f"step-{steps:06d}.mp4").is_file()
         assert list((phase / "tensorboard").glob("events.*"))

@@ -183,8 +183,8 @@ def test_a_missing_state_is_named(saved):
 
 def test_a_later_format_is_refused(saved):
     state = json.loads((saved / "state.json").read_text())
-    (saved / "state.json").write_text(json.dumps(state | {"format": 5}))
-    with pytest.raises(UserError, match="checkpoint format 5, this afd reads 4"):
+    (saved / "state.json").write_text(json.dumps(state | {"format": 6}))
+    with pytest.raises(UserError, match="checkpoint format 6, this afd reads 5"):
         load_state(saved)
 
 

@@ -143,10 +143,13 @@ LOGGED = {
     "discriminator/clean_accuracy",
     "discriminator/clean_margin",
     "discriminator/held_out_accuracy",
+    "discriminator/held_out_loss",
     "discriminator/held_out_margin",
     "discriminator/loss",
     "discriminator/grad_norm",
+    "discriminator/learning_rate",
     "advantage/spread",
+    "student/diversity",
     "student/loss",
     "student/grad_norm",
     "student/old_policy_deviation",
@@ -361,7 +364,7 @@ def test_the_shuffled_control_gives_the_same_advantages_to_other_rollouts(setup_
         setup = setup_of(AfdConfig(shuffled_advantages=control))
         objective = opened(setup)
         examples = prompts_of(setup)
-        _, scores = objective._judge.score(examples, setup.rollout(examples, 0, range(TAKES)).clips, 0)
+        _, scores = objective.judge.score(examples, setup.rollout(examples, 0, range(TAKES)).clips, 0)
         found.append(objective._advantages(examples, scores.mean(1).unflatten(0, (PROMPTS, TAKES)), step=0))
     plain, control = found
     assert not torch.equal(plain, control)
