@@ -192,11 +192,6 @@ class Recipe(DataConfig):
                 "discriminator.name: this objective weighs chunks one by one and needs a discriminator that scores "
                 "them: spacetime with chunk_causal=true"
             )
-        if not self.discriminator.differentiable and any(run.objective.name == "gan" for run in runs):
-            raise ValueError(
-                "discriminator.name: gan needs the gradient of the scores, which does not pass through 8-bit pixels; "
-                "use spacetime or features, or train.objective.name=afd"
-            )
         if "lora" in self.export.formats and self.train.policy.name != "lora":
             raise ValueError("export.formats: lora needs train.policy.name=lora; all weights are trained here")
         return self

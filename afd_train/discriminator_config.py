@@ -87,11 +87,6 @@ class Judging(Config):
         """Whether it looks at another take of the prompt beside the clip."""
         return False
 
-    @property
-    def differentiable(self) -> bool:
-        """Whether its scores have a gradient with respect to a student's latents."""
-        return not isinstance(self, Adapted)
-
     def problem_with(self, shape: LatentShape, chunk_frames: int) -> str | None:
         """Why clips of this shape cannot be judged, as `KEY: reason` within the section; None if they can."""
         if self.loss == "bt-chunk" and not self.per_chunk:

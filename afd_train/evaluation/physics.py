@@ -58,8 +58,8 @@ METRICS: dict[str, Metric] = {
     "energy_rise": Metric(
         "lower",
         "share of start energy, at most 1",
-        "Largest rise of kinetic plus potential energy (0 at rest on the floor) over its earlier minimum, at frames without "
-        "contact in the intervals before and after; 1 where fewer than two frames are such.",
+        "Largest rise of kinetic plus potential energy (0 at rest on the floor) over its earlier minimum, at frames "
+        "without contact in the intervals before and after; 1 where fewer than two frames are such.",
     ),
     "jump": Metric(
         "lower",

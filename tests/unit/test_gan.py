@@ -89,7 +89,9 @@ def test_it_logs_what_the_discriminator_and_the_student_do(setup_of):
     setup = setup_of(GanConfig())
     metrics = opened(setup).step(setup.stream.next_batch(PROMPTS), step=0)
     which = [f"{kind}{what}" for kind in ("", "clean_", "held_out_") for what in ("accuracy", "margin")]
-    of_discriminator = {f"discriminator/{name}" for name in (*which, "loss", "grad_norm")}
+    of_discriminator = {
+        f"discriminator/{name}" for name in (*which, "loss", "held_out_loss", "grad_norm", "learning_rate")
+    }
     assert metrics.keys() == of_discriminator | {f"student/{n}" for n in ("loss", "grad_norm", "reference_distance")}
     assert {"seconds/rollout", "seconds/discriminator", "seconds/update"} <= setup.watch.read().keys()
     assert len(setup.margins.rows()) == PROMPTS

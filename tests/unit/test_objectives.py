@@ -16,7 +16,8 @@ from afd_train.objectives.afd import AdversarialFlowDistillation, histogram
 from afd_train.objectives.distil import Distillation
 from afd_train.objectives.flow_matching import chunk_times, frame_weight
 from afd_train.objectives.forward_process import Step
-from afd_train.objectives.judge import Judge, input_noise
+from afd_train.objectives.judge import Judge
+from afd_train.objectives.pairing import input_noise
 from afd_train.objectives.parts import parts_of
 from afd_train.optimizer import Optimizer
 
@@ -155,7 +156,7 @@ LOGGED = {
     "student/old_policy_deviation",
     "student/reference_distance",
 }
-UNDECIDED = torch.full((PROMPTS * TAKES,), 0.5)
+UNDECIDED = torch.full((PROMPTS * TAKES, 1), 0.5)
 DECIDED = weights_from_advantages(torch.tensor([[5.0, -5.0] * 2] * PROMPTS).flatten()[:, None], clip=5.0)
 
 
@@ -233,8 +234,8 @@ def test_without_opinions_the_student_rests(setup_of):
 
 
 def test_the_log_tells_how_many_rollouts_are_liked():
-    assert histogram(UNDECIDED)["weight/0.5_to_0.6"] == 1
-    decided = histogram(DECIDED)
+    assert histogram(UNDECIDED.flatten())["weight/0.5_to_0.6"] == 1
+    decided = histogram(DECIDED.flatten())
     assert (decided["weight/0.0_to_0.3"], decided["weight/0.7_to_1.0"]) == (0.5, 0.5)
     assert sum(decided.values()) == 1
 
@@ -251,7 +252,7 @@ def test_liked_rollouts_come_nearer_and_disliked_ones_move_away(setup_of):
         noise = torch.randn(rollouts.clips.shape, generator=torch.Generator().manual_seed(1))
         t = torch.ones(rollouts.clips.shape[:2])
         error = (setup.student.net(noise, t, text, clean=rollouts.clips) - (noise - rollouts.clips)).square()
-        liked = DECIDED == 1
+        liked = DECIDED.flatten() == 1
         return float(error[liked].mean() - error[~liked].mean())
 
     before = gap()
@@ -365,7 +366,7 @@ def test_the_shuffled_control_gives_the_same_advantages_to_other_rollouts(setup_
         objective = opened(setup)
         examples = prompts_of(setup)
         _, scores = objective.judge.score(examples, setup.rollout(examples, 0, range(TAKES)).clips, 0)
-        found.append(objective._advantages(examples, scores.mean(1).unflatten(0, (PROMPTS, TAKES)), step=0))
+        found.append(objective._advantages(examples, scores.unflatten(0, (PROMPTS, TAKES)), step=0))
     plain, control = found
     assert not torch.equal(plain, control)
     assert torch.equal(plain.sort(1).values, control.sort(1).values)

@@ -1,0 +1,146 @@
+"""Clips of teacher and student before the discriminator, in its space and as pairs of one prompt.
+
+Both sides go the same way there.  Latents are those of 8-bit video: the teacher's were decoded from a file, the
+student's make the same trip (`Autoencoder.round_trip`).  Pixels are decoded from latents, for the teacher too, whose
+clips the autoencoder has then seen as often as the student's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from afd_data.errors import UserError
+from afd_data.stream import Example
+from afd_train.discriminators import Prompts, evenly_spaced
+from afd_train.draws import Draws
+from afd_train.objectives import Setup
+from afd_train.objectives.parts import Part, parts_of
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Scores of a part's clips, [n, S] each, S = 1 or chunks; row i of both is a pair of one prompt.
+
+    `moved`: the teacher's clips again, a small random step away, where the loss asks for it; `drawn`: the student's
+    clips as they were judged, [n, F, C, h, w], where the gradient with respect to them is asked for.
+    """
+
+    teacher: Tensor
+    student: Tensor
+    takes: int
+    moved: Tensor | None = None
+    drawn: Tensor | None = None
+
+
+class Pairing:
+    """Scores by a discriminator, part by part of a step."""
+
+    def __init__(self, setup: Setup, net: nn.Module):
+        self._setup, self._config, self._net = setup, setup.discriminator, net
+
+    def pairs(
+        self, examples: Sequence[Example], rollouts: Tensor, step: int, noisy: bool, followed: bool = False
+    ) -> Iterator[Pairs]:
+        """Scores of teacher and student, paired, part by part; with the input noise of `step` where it is asked for.
+
+        followed: the student's scores carry gradient to `Pairs.drawn`.
+        """
+        setup, takes = self._setup, len(rollouts) // len(examples)
+        teacher, text = setup.latents(examples), setup.text(examples)
+        reference = self._reference(examples, step)
+        for part in parts_of(len(examples), takes, setup.config.clips_per_pass):
+            some, count = examples[part.prompts], len(part.takes)
+            group = list(range(len(some)))
+            group += [prompt for prompt in range(len(some)) for _ in range(count)]
+            drawn = self._own_space(rollouts[part.rows], True).detach().requires_grad_(followed)
+            clips = torch.cat([self._own_space(teacher[part.prompts]), drawn])
+            if noisy:
+                clips = clips + self._noise(some, part, step, clips.shape, torch.tensor(group))
+            prompts = Prompts([example.prompt for example in some], text[part.prompts]).of(group)
+            beside = None if reference is None else self._own_space(reference[part.prompts])[group]
+            scores = self._net(clips, prompts, beside)
+            moved = self._moved(clips[: len(some)], prompts, beside, some, step) if noisy else None
+            yield Pairs(
+                scores[: len(some)].repeat_interleave(count, 0),
+                scores[len(some) :],
+                count,
+                None if moved is None else moved.repeat_interleave(count, 0),
+                drawn if followed else None,
+            )
+
+    def branches(self, examples: Sequence[Example], followed: Tensor, candidates: Tensor, step: int) -> Tensor:
+        """Scores of the candidates for every chunk, behind the followed chunks before it: [P, M, chunks].
+
+        followed: [P, F, C, h, w]; candidates: [P, M, F, C, h, w].
+        """
+        setup, found = self._setup, []
+        text, reference = setup.text(examples), self._reference(examples, step)
+        for part in parts_of(len(examples), 1, setup.config.clips_per_pass):
+            rows = part.prompts
+            prompts = Prompts([example.prompt for example in examples[rows]], text[rows])
+            beside = None if reference is None else self._own_space(reference[rows])
+            branches = self._own_space(candidates[rows].flatten(0, 1), True).unflatten(0, candidates[rows].shape[:2])
+            found.append(self._net.score_branches(self._own_space(followed[rows], True), branches, prompts, beside))
+        return torch.cat(found)
+
+    def _reference(self, examples: Sequence[Example], step: int) -> Tensor | None:
+        """Another clip of the teacher for each example, where the discriminator looks at one."""
+        return self._setup.latents(self._others(examples, step)) if self._config.references else None
+
+    def _own_space(self, latents: Tensor, drawn: bool = False) -> Tensor:
+        """Clips in the discriminator's space; `drawn`: by the student, so that they have seen no 8-bit video yet."""
+        autoencoder = self._setup.student.autoencoder
+        if self._net.space == "latents":
+            return autoencoder.round_trip(latents) if drawn else latents
+        # In 8 bits as long as there are all frames of them, the most that a step has of anything.
+        pixels = evenly_spaced(autoencoder.decode(latents), self._net.frames)  # pyright: ignore[reportArgumentType]
+        return pixels.permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+
+    def _moved(
+        self, teacher: Tensor, prompts: Prompts, beside: Tensor | None, examples: Sequence[Example], step: int
+    ) -> Tensor | None:
+        """Scores of the teacher's clips after a random step; None without such a penalty."""
+        if not self._config.r1_weight:
+            return None
+        count = len(teacher)
+        direction = self._setup.draws(step, "finite difference", examples).normal(*teacher.shape[1:])
+        near = teacher + self._config.r1_step * direction
+        return self._net(near, prompts.of(range(count)), None if beside is None else beside[:count])
+
+    def _others(self, examples: Sequence[Example], step: int) -> list[Example]:
+        """For each example another take of its prompt.  Raises UserError where there is none."""
+        setup, found = self._setup, []
+        draws = setup.draws(step, "reference", examples).uniform().tolist()
+        for example, draw in zip(examples, draws, strict=True):
+            held_out = setup.held_out is not None and example.split == setup.held_out.split
+            stream = setup.held_out if held_out and setup.held_out else setup.stream
+            others = [key for key in stream.takes(example.prompt_id) if key != example.key]
+            if not others:
+                raise UserError(
+                    f"discriminator.reference: prompt {example.prompt!r} has one video only, and a second take is to "
+                    "stand beside it. Cache more (cache.takes and cache.eval_takes >= 2), or set it to false."
+                )
+            found.append(stream.example(others[int(draw * len(others))]))
+        return found
+
+    def _noise(self, examples: Sequence[Example], part: Part, step: int, shape: Sequence[int], group: Tensor) -> Tensor:
+        setup = self._setup
+        levels = setup.draws(step, "noise level", examples)
+        noises = setup.draws(step, "teacher", examples), setup.draws(step, "student", examples, part.takes)
+        return input_noise(shape, group, self._config.input_noise, levels, noises)
+
+
+def input_noise(shape: Sequence[int], group: Tensor, largest: float, levels: Draws, noises: Sequence[Draws]) -> Tensor:
+    """Noise for the discriminator's input: [B, F, C, H, W], drawn by `noises` in the order of the clips.
+
+    group: [B] integers.  The clips of a group share one standard deviation, uniform in [0, largest], so that it tells
+    no side from the other.  Rollouts are scored clean: a discriminator that only ever saw one level gives all clean
+    clips the same score.
+    """
+    level = largest * levels.uniform()[group]
+    noise = torch.cat([draws.normal(*shape[1:]) for draws in noises])
+    return level[:, None, None, None, None] * noise
