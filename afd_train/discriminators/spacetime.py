@@ -9,7 +9,7 @@ its own.  What was computed of a clip's chunks then serves all candidates for th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,7 @@ class SpaceTime(nn.Module):
         early = self._early(prompts, reference)
         x = torch.cat([early, self._tokens(self._patches(clips)), self.readout.expand(len(clips), -1, -1)], 1)
         hidden = None if self.chunks == 1 else self._seen(early.shape[1], x.device)
-        for block in self.blocks:
+        for block in self._blocks():
             x = block(x, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, hidden))
         return self._scores(x[:, -self.chunks :])
 
@@ -85,7 +85,7 @@ class SpaceTime(nn.Module):
         own = group[:, None] == group[None, :]
         is_readout = torch.arange(len(group), device=y.device) % (self.chunk_tokens + 1) == self.chunk_tokens
         own &= ~is_readout[None, :] | torch.eye(len(group), dtype=torch.bool, device=y.device)
-        for block in self.blocks:
+        for block in self._blocks():
             query, key, value = block.projected(x)
             y = torch.stack(
                 [
@@ -97,6 +97,11 @@ class SpaceTime(nn.Module):
             x = block.finished(x, F.scaled_dot_product_attention(query, key, value, allowed))
         scores = self._scores(y[:, :, is_readout].flatten(0, 1))
         return rearrange(scores, "(p k) m -> p m k", p=count)
+
+    def _blocks(self) -> Iterator[Block]:
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            yield block
 
     @staticmethod
     def _behind(key: Tensor, value: Tensor, before: int, own: Tensor) -> Attend:
@@ -170,9 +175,9 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        for module in (self.qkv, self.out, self.mlp[0], self.mlp[2]):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+        for weight in self.parameters():
+            if weight.ndim > 1:
+                nn.init.xavier_uniform_(weight)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """[B, N, D] -> [B, N, D]."""

@@ -214,8 +214,8 @@ def _energy_rise(scene: Scene, seen: Track, motion: Motion, half: np.ndarray, fp
     speed = (seen.positions[:, 2:] - seen.positions[:, :-2]) * fps / 2
     height = seen.positions[:, 1:-1, 1] - half[:, None]
     energy = weights @ ((speed**2).sum(axis=2) / 2 + gravity * height)
-    clean = motion.clean.all(axis=0)
-    energy = energy[clean[1:] & clean[:-1] & np.isfinite(energy)]
+    clean = (motion.clean[:, 1:] & motion.clean[:, :-1]).all(axis=0)
+    energy = energy[clean & np.isfinite(energy)]
     if len(energy) < 2:
         return 1.0
     rise = energy[1:] - np.minimum.accumulate(energy)[:-1]

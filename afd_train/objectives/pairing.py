@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from afd_data.errors import UserError
 from afd_data.stream import Example
-from afd_train.discriminators import Prompts, evenly_spaced
+from afd_train.discriminators import ChunkDiscriminator, Prompts, evenly_spaced
 from afd_train.draws import Draws
 from afd_train.objectives import Setup
 from afd_train.objectives.parts import Part, parts_of
@@ -77,14 +78,14 @@ class Pairing:
 
         followed: [P, F, C, h, w]; candidates: [P, M, F, C, h, w].
         """
-        setup, found = self._setup, []
+        setup, net, found = self._setup, cast(ChunkDiscriminator, self._net), []
         text, reference = setup.text(examples), self._reference(examples, step)
         for part in parts_of(len(examples), 1, setup.config.clips_per_pass):
             rows = part.prompts
             prompts = Prompts([example.prompt for example in examples[rows]], text[rows])
             beside = None if reference is None else self._own_space(reference[rows])
             branches = self._own_space(candidates[rows].flatten(0, 1), True).unflatten(0, candidates[rows].shape[:2])
-            found.append(self._net.score_branches(self._own_space(followed[rows], True), branches, prompts, beside))
+            found.append(net.score_branches(self._own_space(followed[rows], True), branches, prompts, beside))
         return torch.cat(found)
 
     def _reference(self, examples: Sequence[Example], step: int) -> Tensor | None:

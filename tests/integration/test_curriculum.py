@@ -43,6 +43,10 @@ EVERYTHING: dict[str, Any] = {
 BAND = MarginBand(low=-0.001, high=0.001, memory=0.5)
 
 
+def run_of(**settings: Any) -> TrainConfig:
+    return TrainConfig(**(BOOKS | settings))
+
+
 def rows_of(recipe: Recipe) -> list[dict[str, float]]:
     return read_metrics(train_folder(recipe) / "metrics.jsonl")
 
@@ -87,7 +91,7 @@ def test_a_warm_up_cannot_watch_prompts_that_are_not_held_out(tiny_recipe, tmp_p
     if missing == "prompts":
         settings["prompts"] = PromptsConfig(source="unused.txt")
     else:
-        settings["train"] = TrainConfig(**(BOOKS | {"held_out_per_step": 0}))
+        settings["train"] = run_of(held_out_per_step=0)
     with pytest.raises(ValueError, match=r"discriminator\.warmup_patience: .*prompts\.validation"):
         tiny_recipe(tmp_path, discriminator={"warmup_patience": 3}, **settings)
 
@@ -98,7 +102,7 @@ def test_hardest_prompts_need_margins():
 
 
 def test_more_prompts_a_step_than_the_cache_has_are_refused(tiny_recipe, tmp_path):
-    recipe = tiny_recipe(tmp_path, train=TrainConfig(**(BOOKS | {"prompts_per_step": 13})))
+    recipe = tiny_recipe(tmp_path, train=run_of(prompts_per_step=13))
     with pytest.raises(UserError, match=r"prompts_per_step: 13 distinct .* has 12"):
         train(recipe)
 
@@ -168,15 +172,16 @@ STEPS = 26
 
 
 def wild(on_alarm: str, **settings: Any) -> TrainConfig:
-    return TrainConfig(
+    return run_of(
         objective=AfdConfig(old_policy_schedule="copy"),
         steps=STEPS,
         learning_rate=3e-2,
-        on_alarm=on_alarm,  # pyright: ignore[reportArgumentType]
+        on_alarm=on_alarm,
         alarms=AlarmsConfig(
             reward_hacking=RewardHacking(margin_fall=None), collapse=Collapse(spread=None), drift=Drift(motion=None)
         ),
-        **(BOOKS | {"save_every_steps": 10, "validate_every_steps": 10} | settings),
+        save_every_steps=10,
+        **({"validate_every_steps": 10} | settings),
     )
 
 

@@ -1,5 +1,7 @@
 """Scores -> advantages -> weights."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -82,7 +84,8 @@ def test_the_draws_order_is_the_new_order():
 
 def test_adding_a_constant_to_the_discriminator_changes_nothing():
     by_chunk = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for settings in ({}, {"discount": 0.8}, {"normalisation": "prompt"}, {"baseline": "batch"}):
+    choices: list[dict[str, Any]] = [{}, {"discount": 0.8}, {"normalisation": "prompt"}, {"baseline": "batch"}]
+    for settings in choices:
         assert_close(advantages_of(by_chunk + 7, **settings), advantages_of(by_chunk, **settings))
 
 

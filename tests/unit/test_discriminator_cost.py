@@ -17,7 +17,6 @@ from transformers import Qwen2VLConfig, Qwen2VLModel, VJEPA2Config, VJEPA2Model
 from afd_data.config import VideoConfig
 from afd_train.config import Recipe, StudentConfig
 from afd_train.discriminator_config import (
-    Adapted,
     DiscriminatorConfig,
     FeaturesConfig,
     SpaceTimeConfig,
@@ -95,7 +94,8 @@ def trunk_folder(kind: str, folder: Path, **settings: Any) -> Path:
     return save_vjepa2(folder, **settings) if kind == "vjepa2" else save_qwen2_vl(folder, **settings)
 
 
-def adapted(kind: str, folder: Path, **settings: Any) -> Adapted:
+def adapted(kind: str, folder: Path, **settings: Any) -> Any:
+    """A `VJepa2Config` or `VlmConfig`."""
     if kind == "vjepa2":
         return VJepa2Config(path=str(folder), dim=16, frames=4, **settings)
     return VlmConfig(path=str(folder), frames=4, **settings)

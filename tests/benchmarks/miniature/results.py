@@ -82,7 +82,7 @@ def results_of(plan: Plan, command: str) -> Results:
 
 def _header(plan: Plan, command: str, prompts: int) -> dict[str, Any]:
     recipe = next(iter(plan.recipes.values()))
-    found = provenance.header(recipe, {}, step=0, cells=f"{prompts} x {recipe.eval.clips_per_prompt}")
+    found = provenance.header(recipe, {}, step=0, cells=f"{prompts} x {recipe.eval.clips_per_prompt}", teacher="")
     known = ("date", "git commit", "prompts x clips", "video", "machine", "packages")
     minutes = f"{plan.minutes:g} min of one thread a run"
     return {"command": command, "world": plan.world, "split": plan.split, "budget": minutes} | {
