@@ -67,6 +67,7 @@ def recipe_file(playground_cache: Path, tmp_path_factory: pytest.TempPathFactory
             "layers": 1,
             "warmup_steps": 2,
             "warmup_prompts": 4,
+            "warmup_learning_rate": 2e-4,
             "warmup_patience": 5,
             "band": {"low": 0.5, "high": 1.0},
         },
