@@ -46,13 +46,8 @@ class AdversarialFlowDistillation:
     def step(self, examples: Sequence[Example], step: int) -> Metrics:
         """One update of the discriminator and one of the student on K rollouts of every prompt."""
         drawn = self._drawn(examples, step)
-        metrics = self.judge.learn(examples, drawn.clips, step, self.judge.rate)
-        teacher, student = self.judge.score(examples, drawn.clips, step)  # the updated one
-        metrics |= self.judge.steer(teacher, student)
-        groups = (len(examples), drawn.takes)
-        behind = (teacher - student).mean(1).unflatten(0, groups).mean(1)
-        self._setup.margins.add(examples, behind, step, self._setup.processes)
-        scores = student.unflatten(0, groups)
+        metrics, scores = self.judge.meet(examples, drawn.clips, step)
+        scores = scores.unflatten(0, (len(examples), drawn.takes))
         metrics["advantage/spread"] = float(scores.mean(2).std(1).mean())
         metrics["student/diversity"] = diversity(drawn.clips, drawn.takes)
         advantages = self._advantages(examples, scores, step).flatten(0, 1)

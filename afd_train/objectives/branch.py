@@ -73,10 +73,7 @@ class BranchedFlowDistillation:
         """One update of the discriminator and one of the student on the branches of every prompt."""
         setup = self._setup
         branches = draw_branches(setup, examples, step)
-        metrics = self.judge.learn(examples, branches.followed, step, self.judge.rate)
-        teacher, student = self.judge.score(examples, branches.followed, step)  # the updated one
-        metrics |= self.judge.steer(teacher, student)
-        setup.margins.add(examples, (teacher - student).mean(1), step, setup.processes)
+        metrics, _ = self.judge.meet(examples, branches.followed, step)
         scores = self.judge.score_branches(examples, branches.followed, branches.candidates, step)
         metrics["advantage/spread"] = float(scores.std(1).mean())
         metrics["student/diversity"] = diversity(branches.candidates.flatten(0, 1), branches.candidates.shape[1])

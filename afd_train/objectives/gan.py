@@ -65,9 +65,7 @@ class Adversarial:
         clips = torch.cat([some.clips for some in drawn])
         metrics = self.judge.learn(examples, clips, step, self.judge.rate)
         pull = self.judge.pull(examples, clips, step)  # of the updated one
-        metrics |= self.judge.steer(pull.teacher, pull.student)
-        behind = (pull.teacher - pull.student).mean(1).unflatten(0, (len(examples), -1)).mean(1)
-        setup.margins.add(examples, behind, step, setup.processes)
+        metrics |= self.judge.steer(examples, pull.teacher, pull.student, step)
         metrics["student/loss"] = pull.loss
         with setup.watch("update"):
             metrics |= self._update(drawn, pull.gradient, step)

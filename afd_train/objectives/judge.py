@@ -72,6 +72,16 @@ class Judge:
             ),
         }
 
+    def meet(self, examples: Sequence[Example], rollouts: Tensor, step: int) -> tuple[Metrics, Tensor]:
+        """A step's rollouts, [P K, F, C, h, w]: learn from them, then score them clean.
+
+        Sets the next step's learning rate and notes every prompt's margin.  Returns the log's entries and the student's
+        scores, [P K, S]: eq. 2's D, of the updated discriminator.
+        """
+        metrics = self.learn(examples, rollouts, step, self.rate)
+        teacher, student = self.score(examples, rollouts, step)
+        return metrics | self.steer(examples, teacher, student, step), student
+
     @torch.no_grad()
     def score(self, examples: Sequence[Example], rollouts: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Scores of the teacher's and the student's clips without input noise, paired: [P K, S] each."""
@@ -116,11 +126,13 @@ class Judge:
             case "logistic":
                 return non_saturating_loss(student)
 
-    def steer(self, teacher: Tensor, student: Tensor) -> Metrics:
+    def steer(self, examples: Sequence[Example], teacher: Tensor, student: Tensor, step: int) -> Metrics:
         """Set the next step's learning rate by a step's clean scores, [P K, S] each, paired; returns its log entries.
 
-        All processes call it, once a step, after `score`.
+        Notes every prompt's margin too.  All processes call it, once a step.
         """
+        behind = (teacher - student).mean(1).unflatten(0, (len(examples), -1)).mean(1)
+        self._setup.margins.add(examples, behind, step, self._setup.processes)
         metrics = told_apart("clean_", teacher, student) | {"discriminator/learning_rate": self.rate}
         self.controller.update(self._setup.processes.mean(metrics)["discriminator/clean_margin"])
         return metrics
