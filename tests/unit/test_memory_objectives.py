@@ -57,7 +57,7 @@ def part(parts: list[Part], name: str) -> int:
         ({"name": "distil"}, {"scores"}),
         ({"name": "dmd"}, {"scores"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),  # the same in every process
 )
 def test_every_objective_keeps_its_own_policies_and_scores(objective, expected):
     assert kept(recipe_of(objective)).keys() == expected | {"evaluation average"}
