@@ -384,7 +384,7 @@ CASES = [
     ),
     Case(
         "truncated shard",
-        cut(f"{CACHE}/data/train/*.tar"),
+        cut(f"{CACHE}/data/train/*.tar", share=0.25),  # up to half of a small tar is padding
         f"train a {ELSEWHERE}",
         "g0000-000000.tar",
     ),
