@@ -191,7 +191,7 @@ def _comparison(values: _PromptValues, method: str, baseline: str, pairs: Pairs,
     if any(mean is None for side in sides for mean in side):
         return None
     left, right = (np.array(side, float) for side in sides)
-    delta = stats.t_interval(left - right)
+    delta, same = stats.t_interval(left - right), np.allclose(left - right, left[0] - right[0], rtol=0, atol=1e-12)
     return Comparison(
         metric=values.name,
         better=values.metric.better,
@@ -201,9 +201,9 @@ def _comparison(values: _PromptValues, method: str, baseline: str, pairs: Pairs,
         mean_a=float(left.mean()),
         mean_b=float(right.mean()),
         delta=delta.mean,
-        lo=delta.lo,
-        hi=delta.hi,
-        p=stats.paired_t_p(left - right),
+        lo=None if same else delta.lo,  # seeds that all differ equally say nothing of their spread
+        hi=None if same else delta.hi,
+        p=1.0 if same else stats.paired_t_p(left - right),
         sd=float((left - right).std(ddof=1)),
     )
 

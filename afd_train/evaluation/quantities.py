@@ -164,7 +164,9 @@ def _interval(distance: float, resampled: np.ndarray) -> tuple[float | None, flo
 
 
 def _cell(name: str, policy: str, spread: _Spread, clips: tuple[int, int, int]) -> Cell:
-    lo, hi = (None if end is None else max(0.0, end) for end in _interval(spread.distance, spread.resampled))
+    lo, hi = _interval(spread.distance, spread.resampled)
+    if lo is not None and hi is not None:  # a distance is not negative, and the interval holds the estimate
+        lo, hi = max(0.0, lo), max(spread.distance, hi)
     return Cell(name, policy, spread.distance, lo, hi, *clips)
 
 
