@@ -17,7 +17,6 @@ from transformers import Qwen2VLConfig, Qwen2VLModel, VJEPA2Config, VJEPA2Model
 from afd_data.config import VideoConfig
 from afd_train.config import Recipe, StudentConfig
 from afd_train.discriminator_config import (
-    Adapted,
     DiscriminatorConfig,
     FeaturesConfig,
     SpaceTimeConfig,
@@ -95,7 +94,7 @@ def trunk_folder(kind: str, folder: Path, **settings: Any) -> Path:
     return save_vjepa2(folder, **settings) if kind == "vjepa2" else save_qwen2_vl(folder, **settings)
 
 
-def adapted(kind: str, folder: Path, **settings: Any) -> Adapted:
+def adapted(kind: str, folder: Path, **settings: Any) -> Any:
     if kind == "vjepa2":
         return VJepa2Config(path=str(folder), dim=16, frames=4, **settings)
     return VlmConfig(path=str(folder), frames=4, **settings)
@@ -254,4 +253,5 @@ def test_a_dry_run_prints_seconds_a_clip_where_there_is_a_discriminator(made, co
 def test_the_measured_clip_takes_a_thirtieth_of_a_second_to_score(made):
     recipe, load = large(made, VlmConfig())
     (line,) = seconds(recipe, recipe.train, load)
-    assert "to score 12.5 TFLOP = 0.031 s" in line  # 13 with a longer prompt
+    # 13.2 with 750 tokens of text, 12.5 with the student's 512 and the instruction's; adapters add 0.3.
+    assert "to score 12.8 TFLOP = 0.032 s" in line
