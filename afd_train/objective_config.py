@@ -146,6 +146,13 @@ class BranchConfig(OldPolicy):
         default=0.1, gt=0, le=1, description="beta of eq. 4: the target lies 1 / beta times the candidates' shift away"
     )
     advantage_clip: float = Field(default=3.0, gt=0, description="in global standard deviations")
+    noise_spread: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="share of the candidates' noise that is not the followed one's, and of the noise that the student "
+        "learns at: 1: independent; less: what is liked near a noise is learnt near that noise",
+    )
 
 
 ObjectiveConfig = Annotated[

@@ -12,7 +12,7 @@ from afd_train.checkpoint import Parts
 from afd_train.feed import Feed
 from afd_train.margins import Margins
 from afd_train.objectives import Objective
-from afd_train.objectives.judge import judge_of
+from afd_train.objectives.judged import judge_of
 from afd_train.policies import Trainee
 
 

@@ -42,7 +42,7 @@ from afd_train.feed import Feed
 from afd_train.identity import check_identity, identity_of
 from afd_train.objective_config import policies_of
 from afd_train.objectives import Metrics, Setup, open_objective
-from afd_train.objectives.judge import judge_of
+from afd_train.objectives.judged import judge_of
 from afd_train.parallel import Processes, check_processes, open_accelerator
 from afd_train.policies import Policy, Trainee
 from afd_train.run_state import RunState

@@ -35,7 +35,7 @@ def evaluate(recipe: Recipe) -> Path:
     Raises UserError when the split has no teacher videos, a student is missing, or the primary metric does not apply.
     """
     out, config = eval_folder(recipe), recipe.eval
-    world = _world(recipe)
+    world = world_of(recipe)
     groups = measure.groups(world)
     primary = _metric(groups, config.primary_metric)
     cache = stream_folder(recipe)
@@ -82,7 +82,8 @@ def compare(measured: measure.Measurements, groups: measure.Groups, config: Eval
     )
 
 
-def _world(recipe: Recipe) -> measure.World:
+def world_of(recipe: Recipe) -> measure.World:
+    """What is known of its teacher's world."""
     if recipe.teacher.name != "playground":
         return measure.World()
     return measure.World(exact=True, determined=recipe.teacher.determined)

@@ -7,7 +7,7 @@ velocity towards liked and away from disliked rollouts, all noised by the forwar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -18,30 +18,22 @@ from afd_train.advantages import advantages_of, shuffled, weights_from_advantage
 from afd_train.diversity import diversity
 from afd_train.objective_config import AfdConfig
 from afd_train.objectives import Metrics, Setup
-from afd_train.objectives.flow_matching import accumulate_teacher_forced, warm_start
+from afd_train.objectives.flow_matching import accumulate_teacher_forced
 from afd_train.objectives.forward_process import ForwardProcess, Step
-from afd_train.objectives.judge import Judge
-from afd_train.objectives.warmup import held_out, warm_up
+from afd_train.objectives.judged import Judged
+from afd_train.objectives.warmup import held_out
 from afd_train.policies import old_policy_decay
 
 HISTOGRAM = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0)  # bins of the weights in the log
 
 
-class AdversarialFlowDistillation:
+class AdversarialFlowDistillation(Judged):
     """See the module's docstring; `step` is the algorithm."""
 
     def __init__(self, setup: Setup, config: AfdConfig):
-        self._setup = setup
+        super().__init__(setup)
         self._config = config
-        self.judge = Judge(setup)
         self._forward_process = ForwardProcess(setup, config)
-        self.modules = {"discriminator": self.judge.net}
-        self.optimizers = {"discriminator": self.judge.optimizer}
-
-    def prepare(self, log: Callable[[int, Metrics], None]) -> None:
-        """Supervised steps where the recipe wants them, then the discriminator's warm-up."""
-        warm_start(self._setup, self._config.sft_steps, log)
-        warm_up(self._setup, self.judge, log)
 
     def step(self, examples: Sequence[Example], step: int) -> Metrics:
         """One update of the discriminator and one of the student on K rollouts of every prompt."""

@@ -20,25 +20,27 @@ is followed, and the shift is added to what the old policy makes of that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from afd_data.stream import Example
 from afd_train.advantages import SMALLEST_DEVIATION, clipped, shuffled
 from afd_train.diversity import diversity
 from afd_train.flow import clean_from_velocity, noised
-from afd_train.losses import branch_shift, branching_loss, prior_loss
+from afd_train.losses import branch_shift, branching_loss
 from afd_train.objective_config import BranchConfig
 from afd_train.objectives import Metrics, Setup
-from afd_train.objectives.branching import Branches, draw_branches
-from afd_train.objectives.flow_matching import accumulate_teacher_forced, warm_start
-from afd_train.objectives.judge import Judge
+from afd_train.objectives.branching import Branches, draw_branches, nearby
+from afd_train.objectives.distances import Distances
+from afd_train.objectives.flow_matching import accumulate_teacher_forced
+from afd_train.objectives.judged import Judged
 from afd_train.objectives.parts import Part, parts_of
-from afd_train.objectives.warmup import held_out, warm_up
+from afd_train.objectives.warmup import held_out
 from afd_train.policies import Policy, old_policy_decay
-from afd_train.rollout import Sampler, step_times
+from afd_train.rollout import step_times
 
 
 @dataclass(frozen=True)
@@ -53,26 +55,17 @@ class Noisy:
     context: Tensor
 
 
-class BranchedFlowDistillation:
+class BranchedFlowDistillation(Judged):
     """See the module's docstring; `step` is the algorithm."""
 
     def __init__(self, setup: Setup, config: BranchConfig):
-        self._setup = setup
+        super().__init__(setup)
         self._config = config
-        self.judge = Judge(setup)
-        self._sampler = Sampler.of(setup.student.config, training=True)
-        self.modules = {"discriminator": self.judge.net}
-        self.optimizers = {"discriminator": self.judge.optimizer}
-
-    def prepare(self, log: Callable[[int, Metrics], None]) -> None:
-        """Supervised steps where the recipe wants them, then the discriminator's warm-up."""
-        warm_start(self._setup, self._config.sft_steps, log)
-        warm_up(self._setup, self.judge, log)
 
     def step(self, examples: Sequence[Example], step: int) -> Metrics:
         """One update of the discriminator and one of the student on the branches of every prompt."""
         setup = self._setup
-        branches = draw_branches(setup, examples, step)
+        branches = draw_branches(setup, examples, step, self._config.noise_spread)
         metrics, _ = self.judge.meet(examples, branches.followed, step)
         scores = self.judge.score_branches(examples, branches.followed, branches.candidates, step)
         metrics["advantage/spread"] = float(scores.std(1).mean())
@@ -102,25 +95,17 @@ class BranchedFlowDistillation:
         noisy = [self._noisy(examples, branches, advantages, part, step) for part in parts]
         # What other policies say comes first, so that each takes the student's place once a step.
         old, reference = self._said("old", noisy), self._said("reference", noisy)
-        sums = {"loss": 0.0, "deviation": 0.0, "prior": 0.0, "reference": 0.0}
+        total, distances = 0.0, Distances()
         for part, v_old, v_reference in zip(noisy, old, reference, strict=True):
             share = len(part.x) / len(examples)
             v = self._velocity(part)
             clean, old_clean = (clean_from_velocity(part.x, velocity, part.t) for velocity in (v, v_old))
             loss = branching_loss(clean, old_clean, part.shift, part.scale, self._config.policy_mix)
-            prior = prior_loss(v, v_reference)
-            setup.trainee.accumulate(share * (loss + self._config.prior_weight * prior))
-            sums["loss"] += share * float(loss.detach())
-            sums["deviation"] += share * float((v.detach() - v_old).square().mean())
-            sums["prior"] += share * float(prior.detach())
-            sums["reference"] += share * float(v_reference.square().mean())
-        norm = setup.trainee.step(step)
-        return {
-            "student/loss": sums["loss"],
-            "student/grad_norm": norm,
-            "student/old_policy_deviation": sums["deviation"],
-            "student/reference_distance": sums["prior"] / sums["reference"],
-        }
+            distances.deviate(share, v, v_old)
+            prior = distances.prior(share, v, v_reference)
+            setup.trainee.accumulate(share * loss + self._config.prior_weight * prior)
+            total += share * float(loss.detach())
+        return {"student/loss": total, "student/grad_norm": setup.trainee.step(step)} | distances.entries()
 
     def _noisy(
         self, examples: Sequence[Example], branches: Branches, advantages: Tensor, part: Part, step: int
@@ -131,7 +116,10 @@ class BranchedFlowDistillation:
         chunk = setup.student.config.chunk_frames
         draws = setup.draws(step, "forward process", some)
         t = step_times(self._sampler, draws.uniform(1), candidates.shape[2], chunk)[:, 0]
-        x = noised(candidates[:, 0], draws.normal(*candidates.shape[2:]), t)
+        fresh = draws.normal(*candidates.shape[2:])
+        start = (t == 1.0)[..., None, None, None]  # where the student sees noise alone, and its candidates saw such
+        noise = torch.where(start, nearby(branches.starts[rows], fresh, self._config.noise_spread), fresh)
+        x = noised(candidates[:, 0], noise, t)
         per_frame = advantages[rows].repeat_interleave(chunk, 2)[..., None, None, None]
         shift = branch_shift(candidates.transpose(0, 1), per_frame.transpose(0, 1), self._config.advantage_clip)
         spread = (candidates - candidates.mean(1, keepdim=True)).abs().mean((1, 3, 4, 5))  # [P, F]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,11 +23,12 @@ class Branches:
     """Candidates for every chunk of P rollouts, and what the network remembered of the chunks that were followed.
 
     candidates: [P, M, F, C, h, w], where chunk k is drawn behind the followed chunks before k; context:
-    [P, F - chunk, C, h, w].
+    [P, F - chunk, C, h, w]; starts: the noise that the followed chunks began as, [P, F, C, h, w].
     """
 
     candidates: Tensor
     context: Tensor
+    starts: Tensor
 
     @property
     def followed(self) -> Tensor:
@@ -35,8 +37,8 @@ class Branches:
 
 
 @torch.no_grad()
-def draw_branches(setup: Setup, examples: Sequence[Example], step: int) -> Branches:
-    """rollouts_per_prompt candidates a chunk and prompt, by the student as it is."""
+def draw_branches(setup: Setup, examples: Sequence[Example], step: int, spread: float = 1.0) -> Branches:
+    """rollouts_per_prompt candidates a chunk and prompt, by the student as it is; spread: see `nearby`."""
     student, many = setup.student, setup.config.rollouts_per_prompt
     found: list[Branches] = []
     # Where not all fit, some prompts after others: the candidates of a prompt share its cache.
@@ -46,23 +48,28 @@ def draw_branches(setup: Setup, examples: Sequence[Example], step: int) -> Branc
             some = examples[part.prompts]
             noise = student.noise(setup.clips(some, step, range(many)))
             text = setup.text(some)
-            found.append(_draw(student.net, text, noise, Sampler.of(student.config, True), student.chunks, many))
-    return Branches(*(torch.cat([getattr(part, name) for part in found]) for name in ("candidates", "context")))
+            found.append(
+                _draw(student.net, text, noise, Sampler.of(student.config, True), student.chunks, many, spread)
+            )
+    return Branches(*(torch.cat(parts) for parts in zip(*(vars(part).values() for part in found), strict=True)))
 
 
-def _draw(net: CausalWan, text: Tensor, noise: ClipNoise, sampler: Sampler, chunks: int, many: int) -> Branches:
+def _draw(
+    net: CausalWan, text: Tensor, noise: ClipNoise, sampler: Sampler, chunks: int, many: int, spread: float
+) -> Branches:
     """As `rollout.rollout_chunks`, with the candidates of a chunk as copies that share the cached context."""
     chunk = net.chunk_frames
     cache = net.memory(chunks * chunk)
-    candidates, context = [], []
+    candidates, context, starts = [], [], []
     for index in range(chunks):
         times = sampler.times if index else sampler.first_times
-        x = clean = _beside(noise.step(), many)
+        x = clean = _beside(noise.step(), many, spread)
+        starts.append(x[:, :chunk])
         for now, after in zip(times, [*times[1:], None], strict=True):
             t = torch.full(x.shape[:2], now, device=x.device)
             clean = clean_from_velocity(x, net.chunks(x, t, text, cache, index * chunk, many), t)
             if after is not None:
-                x = noised(clean, _beside(noise.step(), many), torch.full_like(t, after))
+                x = noised(clean, _beside(noise.step(), many, spread), torch.full_like(t, after))
         candidates.append(rearrange(clean, "p (m f) c h w -> p m f c h w", m=many))
         if index + 1 < chunks:
             followed = clean[:, :chunk]
@@ -71,9 +78,17 @@ def _draw(net: CausalWan, text: Tensor, noise: ClipNoise, sampler: Sampler, chun
                 followed = noised(followed, noise.context()[::many], t)
             net.remember(followed, text, cache, sampler.context_time)
             context.append(followed)
-    return Branches(torch.cat(candidates, 2), torch.cat(context, 1) if context else candidates[0][:, 0, :0])
+    contexts = torch.cat(context, 1) if context else candidates[0][:, 0, :0]
+    return Branches(torch.cat(candidates, 2), contexts, torch.cat(starts, 1))
 
 
-def _beside(noise: Tensor, many: int) -> Tensor:
-    """[P M, chunk, C, h, w] -> [P, M chunk, C, h, w]."""
-    return rearrange(noise, "(p m) f c h w -> p (m f) c h w", m=many)
+def nearby(noise: Tensor, other: Tensor, spread: float) -> Tensor:
+    """`noise` with `spread` of it exchanged for `other`: standard normal if both are, at correlation sqrt(1 - s^2)."""
+    return math.sqrt(1 - spread**2) * noise + spread * other
+
+
+def _beside(noise: Tensor, many: int, spread: float) -> Tensor:
+    """[P M, chunk, C, h, w] -> [P, M chunk, C, h, w], near the first of each M."""
+    groups = rearrange(noise, "(p m) f c h w -> p m f c h w", m=many)
+    groups = torch.cat([groups[:, :1], nearby(groups[:, :1], groups[:, 1:], spread)], 1)
+    return groups.flatten(1, 2)

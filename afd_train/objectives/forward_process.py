@@ -14,9 +14,10 @@ from torch import Tensor
 
 from afd_data.stream import Example
 from afd_train.flow import noised, velocity
-from afd_train.losses import forward_process_loss, per_clip_mse, prior_loss
+from afd_train.losses import forward_process_loss
 from afd_train.objective_config import AfdConfig
 from afd_train.objectives import Metrics, Setup
+from afd_train.objectives.distances import Distances
 from afd_train.objectives.flow_matching import SMALLEST_TIME
 from afd_train.objectives.parts import Part, parts_of
 from afd_train.policies import Policy
@@ -109,18 +110,14 @@ class ForwardProcess:
             "reference", [noisy[i].rows(rows[i]) for i in some], [contexts[i][rows[i]] for i in some]
         )  # fmt: skip
         v_reference = dict(zip(some, said, strict=True))
-        sums: dict[str, float] = {"loss": 0.0, "deviation": 0.0, "prior": 0.0, "reference": 0.0}
+        total, distances = 0.0, Distances()
         for index, part in enumerate(parts):
             asked = Asked(noisy[index], v_old[index], rows[index], v_reference.get(index))
-            for name, value in self._accumulate(drawn, part, asked, weight[part.rows]).items():
-                sums[name] += value
-        norm = self._setup.trainee.step(drawn.number)
+            total += self._accumulate(drawn, part, asked, weight[part.rows], distances)
         return {
-            "student/loss": sums["loss"],
-            "student/grad_norm": norm,
-            "student/old_policy_deviation": sums["deviation"],
-            "student/reference_distance": sums["prior"] / sums["reference"],
-        }
+            "student/loss": total,
+            "student/grad_norm": self._setup.trainee.step(drawn.number),
+        } | distances.entries()
 
     @staticmethod
     def _compared(drawn: Step, part: Part) -> list[int]:
@@ -132,13 +129,13 @@ class ForwardProcess:
         clips = part.rows.stop - part.rows.start
         return list(range(take, clips, group)) if 0 <= take < group else []
 
-    def _accumulate(self, drawn: Step, part: Part, asked: Asked, weight: Tensor) -> dict[str, float]:
-        """Add the gradient of a part of the clips; returns its share of the sums in the log."""
+    def _accumulate(self, drawn: Step, part: Part, asked: Asked, weight: Tensor, distances: Distances) -> float:
+        """Add the gradient of a part of the clips; returns its share of the loss that is logged, the prior left out."""
         noisy, rows = asked.noisy, asked.rows
         clips, context = drawn.clips[part.rows], drawn.context[part.rows]
         weight = weight.repeat(1, self._config.noisings_per_clip)
         share, of_prompts = len(clips) / len(drawn.clips), len(rows) / len(drawn.examples)
-        sums = {"loss": 0.0, "deviation": 0.0, "prior": 0.0, "reference": 0.0}
+        total = 0.0
         for frames, v in self._student(noisy, clips, context, drawn.cache):
             size, v_old = len(frames) / noisy.x.shape[1], asked.v_old[:, frames]
             loss = forward_process_loss(
@@ -150,16 +147,13 @@ class ForwardProcess:
                 self._config.adaptive_weight,
             )
             loss = share * size * loss
-            sums["loss"] += float(loss.detach())
-            sums["deviation"] += share * size * float(per_clip_mse(v.detach(), v_old).mean())
+            total += float(loss.detach())
+            distances.deviate(share * size, v, v_old)
             if asked.v_reference is not None:
-                v_reference = asked.v_reference[:, frames]
-                prior = of_prompts * size * prior_loss(v[rows], v_reference)
-                sums["prior"] += float(prior.detach())
-                sums["reference"] += of_prompts * size * float(v_reference.square().mean())
+                prior = distances.prior(of_prompts * size, v[rows], asked.v_reference[:, frames])
                 loss = loss + self._config.prior_weight * prior
             self._setup.trainee.accumulate(loss)
-        return sums
+        return total
 
     def _noisy(self, drawn: Step, part: Part, inner: int) -> Noisy:
         """Eq. 3."""

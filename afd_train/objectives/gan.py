@@ -7,7 +7,7 @@ context that the rollout remembered, is that of the student.  Earlier steps and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +15,12 @@ from torch import Tensor
 
 from afd_data.stream import Example
 from afd_train.flow import clean_from_velocity
-from afd_train.losses import prior_loss
 from afd_train.objective_config import GanConfig
 from afd_train.objectives import Metrics, Setup
-from afd_train.objectives.judge import Judge
+from afd_train.objectives.distances import Distances
+from afd_train.objectives.judged import Judged
 from afd_train.objectives.parts import Part, parts_of
-from afd_train.objectives.warmup import held_out, warm_up
-from afd_train.rollout import Sampler
+from afd_train.objectives.warmup import held_out
 from afd_train.students.attention import KVCache
 from afd_train.students.causal_wan import CausalWan
 
@@ -43,20 +42,12 @@ class Drawn:
     cache: KVCache | None
 
 
-class Adversarial:
+class Adversarial(Judged):
     """See the module's docstring."""
 
     def __init__(self, setup: Setup, config: GanConfig):
-        self._setup = setup
+        super().__init__(setup)
         self._config = config
-        self.judge = Judge(setup)
-        self._sampler = Sampler.of(setup.student.config, training=True)
-        self.modules = {"discriminator": self.judge.net}
-        self.optimizers = {"discriminator": self.judge.optimizer}
-
-    def prepare(self, log: Callable[[int, Metrics], None]) -> None:
-        """Warm the discriminator up."""
-        warm_up(self._setup, self.judge, log)
 
     def step(self, examples: Sequence[Example], step: int) -> Metrics:
         """One update of the discriminator and one of the student on K rollouts of every prompt."""
@@ -86,30 +77,21 @@ class Adversarial:
 
     def _update(self, drawn: Sequence[Drawn], gradient: Tensor, step: int) -> Metrics:
         """One step along `gradient`, of the loss with respect to the clips: [P K, F, C, H, W]."""
-        sums = {"prior": 0.0, "reference": 0.0}
+        distances = Distances()
         for some, v_reference in zip(drawn, self._reference(drawn), strict=True):
-            for name, value in self._accumulate(some, gradient, v_reference).items():
-                sums[name] += value
-        metrics = {"student/grad_norm": self._setup.trainee.step(step)}
-        if self._config.prior_weight:
-            metrics["student/reference_distance"] = sums["prior"] / sums["reference"]
-        return metrics
+            self._accumulate(some, gradient, v_reference, distances)
+        return {"student/grad_norm": self._setup.trainee.step(step)} | distances.entries()
 
-    def _accumulate(self, some: Drawn, gradient: Tensor, v_reference: Tensor | None) -> Metrics:
-        """Add the gradient of a part of the clips; returns its share of the sums in the log."""
-        sums = {"prior": 0.0, "reference": 0.0}
+    def _accumulate(self, some: Drawn, gradient: Tensor, v_reference: Tensor | None, distances: Distances) -> None:
+        """Add the gradient of a part of the clips."""
         share = len(some.clips) / len(gradient)
         for frames, v in self._velocities(self._setup.trainee.net, some, some.cache):
             clean = clean_from_velocity(some.noisy[:, frames], v, some.t[:, frames])
             loss = (clean * gradient[some.part.rows, frames]).sum()
             if v_reference is not None:
                 size = share * v.shape[1] / some.noisy.shape[1]
-                prior = size * prior_loss(v, v_reference[:, frames])
-                loss = loss + self._config.prior_weight * prior
-                sums["prior"] += float(prior.detach())
-                sums["reference"] += size * float(v_reference[:, frames].square().mean())
+                loss = loss + self._config.prior_weight * distances.prior(size, v, v_reference[:, frames])
             self._setup.trainee.accumulate(loss)
-        return sums
 
     def _reference(self, drawn: Sequence[Drawn]) -> list[Tensor] | list[None]:
         """The reference's velocities at the same places, [B, F, C, H, W] a part; it takes the student's place once."""

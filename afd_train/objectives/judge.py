@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from afd_train.losses import (
     logistic_loss,
     non_saturating_loss,
 )
-from afd_train.objectives import Metrics, Objective, Setup
+from afd_train.objectives import Metrics, Setup
 from afd_train.objectives.band import MarginController
 from afd_train.objectives.pairing import Pairing, Pairs
 
@@ -154,18 +153,6 @@ class Judge:
         if pairs.moved is None:
             return loss
         return loss + config.r1_weight * finite_difference_penalty(teacher, pairs.moved.mean(1), config.r1_step)
-
-
-@runtime_checkable
-class Judged(Protocol):
-    """An objective that has a discriminator."""
-
-    judge: Judge
-
-
-def judge_of(objective: Objective) -> Judge | None:
-    """The objective's discriminator, None where it has none."""
-    return objective.judge if isinstance(objective, Judged) else None
 
 
 def told_apart(which: str, teacher: Tensor, student: Tensor) -> Metrics:

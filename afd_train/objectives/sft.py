@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from afd_data.stream import Example
-from afd_train.losses import prior_loss
 from afd_train.objective_config import SftConfig
 from afd_train.objectives import Metrics, Setup
+from afd_train.objectives.distances import Distances
 from afd_train.objectives.flow_matching import Forced, accumulate_teacher_forced, teacher_forced_parts
 from afd_train.optimizer import Optimizer
 
@@ -39,17 +39,15 @@ class SupervisedFineTuning:
         return metrics | {"student/grad_norm": self._setup.trainee.step(step)}
 
     def _accumulate_with_prior(self, parts: Sequence[Forced]) -> Metrics:
-        trainee, sums = self._setup.trainee, {"loss": 0.0, "prior": 0.0, "reference": 0.0}
+        trainee, total, distances = self._setup.trainee, 0.0, Distances()
         with self._setup.watch("update"):
             for forced, v_reference in zip(parts, self._reference(parts), strict=True):
                 v = forced.velocity(trainee.net)
                 loss = forced.share * forced.loss(trainee.net, v)
-                prior = forced.share * prior_loss(v, v_reference)
+                prior = distances.prior(forced.share, v, v_reference)
                 trainee.accumulate(loss + self._config.prior_weight * prior)
-                sums["loss"] += float(loss.detach())
-                sums["prior"] += float(prior.detach())
-                sums["reference"] += forced.share * float(v_reference.square().mean())
-        return {"student/loss": sums["loss"], "student/reference_distance": sums["prior"] / sums["reference"]}
+                total += float(loss.detach())
+        return {"student/loss": total} | distances.entries()
 
     def _reference(self, parts: Sequence[Forced]) -> list[Tensor]:
         """The reference's velocities: it takes the student's place once a step, before the student's own passes."""

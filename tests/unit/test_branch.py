@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from afd_train.losses import branch_shift, branching_loss, forward_process_loss
 from afd_train.objective_config import BranchConfig
 from afd_train.objectives import Setup, open_objective
 from afd_train.objectives.branch import BranchedFlowDistillation, Noisy
-from afd_train.objectives.branching import draw_branches
+from afd_train.objectives.branching import draw_branches, nearby
 
 PROMPTS, MANY = 3, 4
 MIX, CLIP = 0.1, 3.0
@@ -84,6 +86,24 @@ def test_other_candidates_are_drawn_behind_the_followed_chunks(setup):
     x = (1 - times[1]) * clean + times[1] * noise.step()
     clean = clean_from_velocity(x, net.chunk(x, t, text, cache), t)
     assert_close(branches.candidates[:, 2, chunk : 2 * chunk], clean, rtol=0, atol=1e-5)
+
+
+def test_exchanged_noise_keeps_its_variance_and_a_known_correlation():
+    noise, other = drawn(0, 100_000), drawn(1, 100_000)
+    mixed = nearby(noise, other, 0.6)
+    assert float(mixed.var()) == pytest.approx(1, abs=0.02)
+    assert float(torch.corrcoef(torch.stack([noise, mixed]))[0, 1]) == pytest.approx(0.8, abs=0.01)
+    assert torch.equal(nearby(noise, other, 1.0), other)
+
+
+def test_candidates_lie_as_near_to_the_followed_one_as_their_noise(setup):
+    examples = setup.stream.next_batch(PROMPTS)
+    apart = {}
+    for spread in (1e-3, 0.3, 1.0):
+        branches = draw_branches(setup, examples, 5, spread)
+        assert_close(branches.followed, draw_branches(setup, examples, 5).followed, rtol=0, atol=1e-5)
+        apart[spread] = float((branches.candidates - branches.followed[:, None]).square().mean().sqrt())
+    assert apart[1e-3] < 0.01 * apart[0.3] < 0.01 * apart[1.0]
 
 
 @pytest.mark.parametrize("per_pass", [1, 4, 5, 8])
@@ -162,6 +182,17 @@ def test_the_students_gradient_is_that_of_the_mean_over_single_candidates(setup)
     found = gradient(branching_loss(clean, old, part.shift, unscaled.scale, MIX))
     assert net.chunk_frames == 2
     assert float((found - wanted).norm()) < 1e-4 * float(wanted.norm())
+
+
+def test_the_student_learns_near_the_noise_that_the_followed_chunks_came_from(setup):
+    setup.student.sample_as(setup.student.config.model_copy(update={"steps": (1000,)}))
+    examples = setup.stream.next_batch(PROMPTS)
+    branches = draw_branches(setup, examples, 0)
+    nothing = torch.zeros(PROMPTS, MANY, 2)
+    for spread, distance in ((1e-4, 1e-4), (0.6, math.sqrt(0.2**2 + 0.6**2)), (1.0, math.sqrt(2))):
+        objective = BranchedFlowDistillation(setup, BranchConfig(noise_spread=spread))
+        (part,) = [objective._noisy(examples, branches, nothing, p, 0) for p in parts(PROMPTS)]
+        assert float((part.x - branches.starts).square().mean().sqrt()) == pytest.approx(distance, rel=0.1)
 
 
 def parts(prompts: int):

@@ -10,7 +10,7 @@ from afd_train.diagnostics import Diagnostics, preferred, rank_correlations
 from afd_train.diversity import diversity
 from afd_train.objective_config import AfdConfig
 from afd_train.objectives import open_objective
-from afd_train.objectives.judge import judge_of
+from afd_train.objectives.judged import judge_of
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tests.benchmarks.miniature.budgets import TITLES
-from tests.benchmarks.miniature.measuring import METRICS
 from tests.benchmarks.miniature.methods import METHODS
 from tests.benchmarks.miniature.results import AGAINST, TEACHER, Results, seeds_of
 from tests.benchmarks.miniature.statistics import Mean, Paired
@@ -29,11 +28,11 @@ def page(results: Results) -> str:
 
 
 def _means(results: Results) -> str:
-    head = ["method", "seeds", *(shown.title for shown in METRICS.values()), *TITLES.values()]
+    head = ["method", "seeds", *(shown.title for shown in results.metrics.values()), *TITLES.values()]
     rows = []
     for method, means in results.means.items():
         count = "" if method == TEACHER else str(len(seeds_of(results.values[method])))
-        cells = [_mean(means.get(name), shown.decimals) for name, shown in METRICS.items()]
+        cells = [_mean(means.get(name), shown.decimals) for name, shown in results.metrics.items()]
         spent = results.spent.get(method, {})
         rows.append([method, count, *cells, *(_mean(spent.get(name), 0) for name in TITLES)])
     return _table(head, rows)
@@ -43,14 +42,14 @@ def _differences(results: Results, against: str) -> str:
     """Rows are methods, cells `difference ± half (p, p after Holm)`."""
     tests = results.tests(against)
     rows = [
-        [method, *(_paired(tests.get(name, {}).get(method), shown.decimals) for name, shown in METRICS.items())]
+        [method, *(_paired(tests.get(name, {}).get(method), shown.decimals) for name, shown in results.metrics.items())]
         for method in results.values
         if method != against
     ]
     if not rows:
         return ""
     title = f"## Difference to {against}, seed by seed (paired t test: p; after Holm over methods)"
-    return f"{title}\n\n{_table(['method', *(shown.title for shown in METRICS.values())], rows)}"
+    return f"{title}\n\n{_table(['method', *(shown.title for shown in results.metrics.values())], rows)}"
 
 
 def _mean(cell: Mean | None, decimals: int) -> str:

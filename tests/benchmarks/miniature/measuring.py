@@ -14,7 +14,9 @@ import numpy as np
 from afd_data.stream import Stream
 from afd_train.config import Recipe
 from afd_train.evaluation import distribution, quantities
-from afd_train.evaluation.physics import observe, score
+from afd_train.evaluation.evaluate import world_of
+from afd_train.evaluation.physics import Observation, observe, score
+from afd_train.evaluation.trajectory import trajectory_error
 from afd_train.students import Student
 from afd_train.validation import prompts_of
 
@@ -41,6 +43,7 @@ class Shown:
 METRICS: Mapping[str, Shown] = {
     "perm": Shown("object permanence %", "higher", 1, "object_permanence", 100),
     "phys": Shown("all physics right %", "higher", 1, "physics_ok", 100),
+    "path": Shown("off the teacher's path, units", "lower", 3),
     "dyn": Shown("motion, % of teacher", "teacher", 1),
     "mmd": Shown("MMD² x 1000", "lower", 1),
     "diversity": Shown("diversity, % of teacher", "teacher", 1),
@@ -60,6 +63,7 @@ class Measured:
     """Videos of some prompts x takes, reduced to numbers."""
 
     physics: Values  # of physics.METRICS, means over videos
+    seen: dict[str, list[Observation]]  # prompt id -> what every take shows
     features: dict[str, np.ndarray]  # prompt id -> [takes, D]
     quantities: dict[str, np.ndarray]  # prompt id -> [takes, 3]
 
@@ -72,6 +76,7 @@ class Reference:
         stream = Stream(cache, recipe.stream, split, seed=0)
         self.prompts = prompts_of(stream, recipe.eval.prompts)
         self._fps = recipe.video.fps
+        self._determined = world_of(recipe).determined
         videos = [[stream.example(key).video for key in stream.takes(prompt_id)] for prompt_id, _ in self.prompts]
         self._teacher = self._reduced(videos)
 
@@ -84,22 +89,35 @@ class Reference:
         return self._values(self._reduced(student.videos(self.prompts, seed, takes)))
 
     def _reduced(self, videos: Sequence[Sequence[np.ndarray]] | np.ndarray) -> Measured:
-        rows, features, measured = [], {}, {}
+        rows, seen_of, features, measured = [], {}, {}, {}
         for (prompt_id, prompt), takes in zip(self.prompts, videos, strict=True):
             seen = [observe(video, self._fps, prompt) for video in takes]
             rows += [score(observation) for observation in seen]
+            seen_of[prompt_id] = seen
             features[prompt_id] = np.stack([distribution.features(video) for video in takes])
             measured[prompt_id] = np.stack([quantities.measured(observation) for observation in seen])
-        return Measured({name: float(np.mean([row[name] for row in rows])) for name in rows[0]}, features, measured)
+        physics = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        return Measured(physics, seen_of, features, measured)
 
     def _values(self, found: Measured) -> Values:
         values = {
             name: shown.scale * found.physics[shown.measured] for name, shown in METRICS.items() if shown.measured
         }
+        if self._determined:
+            values["path"] = self._path_error(found)
         values["dyn"] = 100 * found.physics["motion"] / self._teacher.physics["motion"]
         if spread := diversity(self._teacher.features):
             values["diversity"] = 100 * diversity(found.features) / spread
         return values | self._distances(found)
+
+    def _path_error(self, found: Measured) -> float:
+        """Mean distance to where the teacher's body is in the first take of the prompt, in units."""
+        errors = [
+            trajectory_error(seen.seen.positions, self._teacher.seen[prompt_id][0].seen.positions, seen.room)
+            for prompt_id, takes in found.seen.items()
+            for seen in takes
+        ]
+        return float(np.mean(errors))
 
     def _distances(self, found: Measured) -> Values:
         """To the teacher's videos as a set."""

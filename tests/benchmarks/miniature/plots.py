@@ -17,7 +17,7 @@ def write_plots(results: Results, folder: Path) -> None:
     """Write plots.png and plots.svg: a panel a metric, permanence against motion, and the sweep of SFT's steps."""
     from matplotlib.figure import Figure
 
-    shown = [name for name in METRICS if any(name in values for values in results.values.values())]
+    shown = list(results.metrics)
     sweep = {steps: method for steps, method in SWEEP.items() if method in results.values}
     panels = len(shown) + 1 + bool(sweep)
     height = 0.9 + 0.24 * (len(results.values) + 1)

@@ -9,7 +9,7 @@ from typing import Any
 
 from afd_train.evaluation import provenance
 from tests.benchmarks.miniature import statistics
-from tests.benchmarks.miniature.measuring import METRICS
+from tests.benchmarks.miniature.measuring import METRICS, Shown
 from tests.benchmarks.miniature.methods import AFD, BASE, METHODS
 from tests.benchmarks.miniature.statistics import BySeed, Mean, Paired
 from tests.benchmarks.miniature.study import Plan, teacher_numbers
@@ -38,10 +38,16 @@ class Results:
         """Method -> what -> mean."""
         return _means(self.budgets)
 
+    @property
+    def metrics(self) -> dict[str, Shown]:
+        """Those that this world has."""
+        measured = {name for values in self.values.values() for name in values}
+        return {name: shown for name, shown in METRICS.items() if name in measured}
+
     def tests(self, against: str) -> dict[str, dict[str, Paired]]:
         """Metric -> method -> its difference to `against`, seed by seed, Holm over methods."""
         found = {}
-        for metric in METRICS:
+        for metric in self.metrics:
             other = self.values.get(against, {}).get(metric, {})
             own = {name: values[metric] for name, values in self.values.items() if name != against and metric in values}
             tests = {name: test for name, by_seed in own.items() if (test := statistics.paired(by_seed, other))}
