@@ -6,6 +6,7 @@ Shapes: B = batch, F = latent frame, C = channel, H, W = latent pixels; times ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,19 @@ def noised(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t = (1 - t) clean + t noise (AFD eq. 3).  clean, noise: [B, F, C, H, W]; t: [B, F] in [0, 1]."""
     t = per_frame(t)
     return (1 - t) * clean + t * noise
+
+
+def nearby(noise: Tensor, other: Tensor, spread: float) -> Tensor:
+    """`noise` with `spread` of it exchanged for `other`: standard normal if both are, at correlation sqrt(1 - s^2)."""
+    return math.sqrt(1 - spread**2) * noise + spread * other
+
+
+def nearby_at_the_start(starts: Tensor, noise: Tensor, t: Tensor, spread: float) -> Tensor:
+    """The noise of a clip that is noised to `t`: where that leaves noise alone (t = 1), near what it was drawn from.
+
+    starts: what every chunk of the clip began as; noise: new; both [B, F, C, H, W]; t: [B, F].
+    """
+    return torch.where(per_frame(t) == 1, nearby(starts, noise, spread), noise)
 
 
 def velocity(clean: Tensor, noise: Tensor) -> Tensor:

@@ -78,6 +78,16 @@ class OldPolicy(Config):
     sft_weight: float = Field(
         default=0.0, ge=0, description="anchor: flow matching on the teacher's videos, added to every update"
     )
+    inner_updates: int = Field(
+        default=1, ge=1, description="student updates a step, each with fresh times and noises on one clean context"
+    )
+    noise_spread: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="where the student learns at noise alone (t = 1): how much of that noise is new, the rest is what "
+        "its clip was drawn from; 1: all (the paper); less: what is liked near a noise is learnt near that noise",
+    )
     shuffled_advantages: bool = Field(
         default=False, description="control: shuffle the advantages within each prompt's group"
     )
@@ -115,9 +125,6 @@ class AfdConfig(OldPolicy):
     noisings_per_clip: int = Field(
         default=1, ge=1, description="times and noises drawn for a clip in a step; they share its clean context"
     )
-    inner_updates: int = Field(
-        default=1, ge=1, description="student updates a step, each with fresh times and noises on one clean context"
-    )
     off_policy_steps: int = Field(
         default=0,
         ge=0,
@@ -146,13 +153,6 @@ class BranchConfig(OldPolicy):
         default=0.1, gt=0, le=1, description="beta of eq. 4: the target lies 1 / beta times the candidates' shift away"
     )
     advantage_clip: float = Field(default=3.0, gt=0, description="in global standard deviations")
-    noise_spread: float = Field(
-        default=1.0,
-        gt=0,
-        le=1,
-        description="share of the candidates' noise that is not the followed one's, and of the noise that the student "
-        "learns at: 1: independent; less: what is liked near a noise is learnt near that noise",
-    )
 
 
 ObjectiveConfig = Annotated[

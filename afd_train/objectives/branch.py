@@ -23,19 +23,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from afd_data.stream import Example
 from afd_train.advantages import SMALLEST_DEVIATION, clipped, shuffled
 from afd_train.diversity import diversity
-from afd_train.flow import clean_from_velocity, noised
+from afd_train.flow import clean_from_velocity, nearby_at_the_start, noised
 from afd_train.losses import branch_shift, branching_loss
 from afd_train.objective_config import BranchConfig
 from afd_train.objectives import Metrics, Setup
-from afd_train.objectives.branching import Branches, draw_branches, nearby
+from afd_train.objectives.branching import Branches, draw_branches
 from afd_train.objectives.distances import Distances
 from afd_train.objectives.flow_matching import accumulate_teacher_forced
+from afd_train.objectives.forward_process import update_purpose
 from afd_train.objectives.judged import Judged
 from afd_train.objectives.parts import Part, parts_of
 from afd_train.objectives.warmup import held_out
@@ -75,7 +75,8 @@ class BranchedFlowDistillation(Judged):
             anchor = accumulate_teacher_forced(setup, examples, step, "anchor", self._config.sft_weight)
             metrics["student/anchor_loss"] = anchor
         with setup.watch("update"):
-            metrics |= self._update(examples, branches, advantages, step)
+            for inner in range(self._config.inner_updates):
+                metrics |= self._update(examples, branches, advantages, step, inner)
         setup.trainee.follow("old", old_policy_decay(self._config, step + 1))
         return metrics | held_out(setup, self.judge, step)
 
@@ -89,10 +90,12 @@ class BranchedFlowDistillation(Judged):
             return shuffled(advantages, self._setup.draws(step, "shuffle", examples).uniform(scores.shape[1]))
         return advantages
 
-    def _update(self, examples: Sequence[Example], branches: Branches, advantages: Tensor, step: int) -> Metrics:
+    def _update(
+        self, examples: Sequence[Example], branches: Branches, advantages: Tensor, step: int, inner: int
+    ) -> Metrics:
         setup = self._setup
         parts = list(parts_of(len(examples), 1, setup.config.clips_per_pass))
-        noisy = [self._noisy(examples, branches, advantages, part, step) for part in parts]
+        noisy = [self._noisy(examples, branches, advantages, part, step, inner) for part in parts]
         # What other policies say comes first, so that each takes the student's place once a step.
         old, reference = self._said("old", noisy), self._said("reference", noisy)
         total, distances = 0.0, Distances()
@@ -108,17 +111,16 @@ class BranchedFlowDistillation(Judged):
         return {"student/loss": total, "student/grad_norm": setup.trainee.step(step)} | distances.entries()
 
     def _noisy(
-        self, examples: Sequence[Example], branches: Branches, advantages: Tensor, part: Part, step: int
+        self, examples: Sequence[Example], branches: Branches, advantages: Tensor, part: Part, step: int, inner: int = 0
     ) -> Noisy:
         """The followed clips at times of the sampler (1 is noise alone), and what their candidates ask for."""
         setup, rows = self._setup, part.prompts
         some, candidates = examples[rows], branches.candidates[rows]
         chunk = setup.student.config.chunk_frames
-        draws = setup.draws(step, "forward process", some)
+        draws = setup.draws(step, update_purpose(inner), some)
         t = step_times(self._sampler, draws.uniform(1), candidates.shape[2], chunk)[:, 0]
-        fresh = draws.normal(*candidates.shape[2:])
-        start = (t == 1.0)[..., None, None, None]  # where the student sees noise alone, and its candidates saw such
-        noise = torch.where(start, nearby(branches.starts[rows], fresh, self._config.noise_spread), fresh)
+        noise = draws.normal(*candidates.shape[2:])
+        noise = nearby_at_the_start(branches.starts[rows], noise, t, self._config.noise_spread)
         x = noised(candidates[:, 0], noise, t)
         per_frame = advantages[rows].repeat_interleave(chunk, 2)[..., None, None, None]
         shift = branch_shift(candidates.transpose(0, 1), per_frame.transpose(0, 1), self._config.advantage_clip)

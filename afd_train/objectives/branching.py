@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from afd_data.stream import Example
-from afd_train.flow import clean_from_velocity, noised
+from afd_train.flow import clean_from_velocity, nearby, noised
 from afd_train.objectives import Setup
 from afd_train.objectives.parts import parts_of
 from afd_train.rollout import ClipNoise, Sampler
@@ -80,11 +79,6 @@ def _draw(
             context.append(followed)
     contexts = torch.cat(context, 1) if context else candidates[0][:, 0, :0]
     return Branches(torch.cat(candidates, 2), contexts, torch.cat(starts, 1))
-
-
-def nearby(noise: Tensor, other: Tensor, spread: float) -> Tensor:
-    """`noise` with `spread` of it exchanged for `other`: standard normal if both are, at correlation sqrt(1 - s^2)."""
-    return math.sqrt(1 - spread**2) * noise + spread * other
 
 
 def _beside(noise: Tensor, many: int, spread: float) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from afd_data.stream import Example
-from afd_train.flow import noised, velocity
+from afd_train.flow import nearby_at_the_start, noised, velocity
 from afd_train.losses import forward_process_loss
 from afd_train.objective_config import AfdConfig
 from afd_train.objectives import Metrics, Setup
@@ -30,14 +30,15 @@ from afd_train.students.causal_wan import CausalWan
 class Step:
     """K rollouts of every prompt of a step, by prompt, then take.
 
-    clips: [P K, F, C, H, W]; context: what the student remembered of them, [P K, F - chunk, C, H, W]; cache: its keys
-    and values where all clips were drawn at once.
+    clips, starts: [P K, F, C, H, W], the latter the noise that every chunk began as; context: what the student
+    remembered of them, [P K, F - chunk, C, H, W]; cache: its keys and values where all clips were drawn at once.
     """
 
     number: int
     examples: Sequence[Example]
     takes: int
     clips: Tensor
+    starts: Tensor
     context: Tensor
     cache: KVCache | None
 
@@ -46,14 +47,15 @@ class Step:
         """Roll out the current student."""
         takes = setup.config.rollouts_per_prompt
         parts = list(parts_of(len(examples), takes, setup.config.clips_per_pass))
-        clips, context, cache = [], [], None
+        clips, starts, context, cache = [], [], [], None
         for part in parts:
             drawn = setup.rollout(examples[part.prompts], step, part.takes)
             clips.append(drawn.clips)
+            starts.append(torch.cat([visited[0] for visited in drawn.visited], 1))
             context.append(drawn.context)
             cache = drawn.cache if len(parts) == 1 else None
             del drawn  # a second cache would not fit beside it
-        return Step(step, examples, takes, torch.cat(clips), torch.cat(context), cache)
+        return Step(step, examples, takes, torch.cat(clips), torch.cat(starts), torch.cat(context), cache)
 
 
 @dataclass(frozen=True)
@@ -158,10 +160,11 @@ class ForwardProcess:
     def _noisy(self, drawn: Step, part: Part, inner: int) -> Noisy:
         """Eq. 3."""
         examples, clips, copies = drawn.examples[part.prompts], drawn.clips[part.rows], self._config.noisings_per_clip
-        purpose = "forward process" if inner == 0 else f"forward process {inner}"
-        draws = self._setup.draws(drawn.number, purpose, examples, part.takes)
+        draws = self._setup.draws(drawn.number, update_purpose(inner), examples, part.takes)
         t = self._times(draws.uniform(copies), clips.shape[1]).flatten(1)
         noise = draws.normal(copies * clips.shape[1], *clips.shape[2:])
+        starts = drawn.starts[part.rows].repeat(1, copies, 1, 1, 1)
+        noise = nearby_at_the_start(starts, noise, t, self._config.noise_spread)
         clean = clips.repeat(1, copies, 1, 1, 1)
         return Noisy(noised(clean, noise, t), t, velocity(clean, noise), self._setup.text(examples))
 
@@ -221,3 +224,8 @@ class ForwardProcess:
         for first in range(0, frames, size):
             piece = [copy * frames + frame for copy in range(copies) for frame in range(first, first + size)]
             yield piece, net.chunks(noisy.x[:, piece], noisy.t[:, piece], noisy.text, cache, first, copies)
+
+
+def update_purpose(inner: int) -> str:
+    """What the randomness of a step's update is drawn for."""
+    return "forward process" if inner == 0 else f"forward process {inner}"

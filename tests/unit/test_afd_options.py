@@ -11,7 +11,9 @@ from afd_train.losses import forward_process_loss
 from afd_train.objective_config import AfdConfig, BranchConfig
 from afd_train.objectives import Setup, open_objective
 from afd_train.objectives.afd import AdversarialFlowDistillation
+from afd_train.objectives.branch import BranchedFlowDistillation
 from afd_train.objectives.forward_process import ForwardProcess, Step
+from afd_train.objectives.parts import parts_of
 
 PROMPTS, TAKES = 3, 4
 
@@ -69,6 +71,31 @@ def test_inner_updates_are_steps_of_their_own_on_one_rollout(setup_of):
     assert int(setup.trainee.optimizer.adamw.state_dict()["state"][0]["step"]) == 3
     assert len(seen) == 3
     assert not torch.equal(seen[0], seen[1])
+
+
+def test_branches_are_learnt_from_as_often_with_other_noise(setup_of):
+    config = BranchConfig(inner_updates=3)
+    setup = setup_of(config, learning_rate=1e-3)
+    setup.discriminator = SpaceTimeConfig(dim=16, heads=2, layers=1, chunk_causal=True, warmup_steps=0)
+    objective, seen = BranchedFlowDistillation(setup, config), []
+    noisy = objective._noisy
+    objective._noisy = lambda *arguments: seen.append((found := noisy(*arguments)).x) or found  # pyright: ignore[reportAttributeAccessIssue]
+    objective.step(setup.stream.next_batch(PROMPTS), 0)
+    assert int(setup.trainee.optimizer.adamw.state_dict()["state"][0]["step"]) == 3
+    assert len({float(x.sum()) for x in seen}) == 3
+
+
+@pytest.mark.parametrize(("spread", "distance"), [(1e-4, 1e-4), (0.6, (0.2**2 + 0.6**2) ** 0.5), (1.0, 2**0.5)])
+def test_at_noise_alone_a_clip_meets_noise_near_what_it_was_drawn_from(setup_of, spread, distance):
+    config = AfdConfig(noise_spread=spread, noisings_per_clip=2)
+    setup = setup_of(config, student={"steps": (1000, 500)})
+    drawn = Step.drawn(setup, setup.stream.next_batch(PROMPTS), 0)
+    (part,) = parts_of(PROMPTS, TAKES, None)
+    noisy = ForwardProcess(setup, config)._noisy(drawn, part, 0)
+    apart = (noisy.target + drawn.clips.repeat(1, 2, 1, 1, 1) - drawn.starts.repeat(1, 2, 1, 1, 1)).square()
+    apart = apart.mean((2, 3, 4)).sqrt()  # of each frame; the target is noise - clip
+    assert float(apart[noisy.t == 1].mean()) == pytest.approx(distance, rel=0.1)
+    assert float(apart[noisy.t < 1].mean()) == pytest.approx(2**0.5, rel=0.1)
 
 
 @pytest.mark.parametrize("credit", ["chunk", "future"])

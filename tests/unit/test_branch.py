@@ -13,12 +13,12 @@ from afd_train.advantages import clipped
 from afd_train.discriminator_config import SpaceTimeConfig
 from afd_train.discriminators import Prompts
 from afd_train.discriminators.spacetime import SpaceTime
-from afd_train.flow import clean_from_velocity
+from afd_train.flow import clean_from_velocity, nearby
 from afd_train.losses import branch_shift, branching_loss, forward_process_loss
 from afd_train.objective_config import BranchConfig
 from afd_train.objectives import Setup, open_objective
 from afd_train.objectives.branch import BranchedFlowDistillation, Noisy
-from afd_train.objectives.branching import draw_branches, nearby
+from afd_train.objectives.branching import draw_branches
 
 PROMPTS, MANY = 3, 4
 MIX, CLIP = 0.1, 3.0

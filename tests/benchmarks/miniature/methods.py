@@ -58,8 +58,13 @@ METHODS: Mapping[str, Method] = {
         Method(
             "afd-branch",
             "are candidates of every chunk a better estimator than whole rollouts?",
-            {"train.objective": "{name: afd-branch}", "train.prompts_per_step": "16", **_CHUNKS},
-            discriminator_rate=2.0,
+            {
+                "train.objective": "{name: afd-branch, old_policy_decay: 0.9, noise_spread: 0.5, inner_updates: 3}",
+                "train.prompts_per_step": "16",
+                "discriminator.warmup_steps": "40",
+                **_CHUNKS,
+            },
+            discriminator_rate=5.0,
         ),
         Method(
             "shuffled",
