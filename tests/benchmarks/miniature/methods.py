@@ -26,6 +26,14 @@ TEACHERS: Mapping[str, Mapping[str, str]] = {
 }
 
 _CHUNKS = {"discriminator.chunk_causal": "true", "discriminator.loss": "bt-chunk"}
+_BRANCH = {
+    "train.objective": "{name: afd-branch, old_policy_decay: 0.9, noise_spread: 0.5, inner_updates: 3}",
+    "train.prompts_per_step": "16",
+    "discriminator.warmup_steps": "40",
+    "discriminator.chunk_loss_weight": "2.0",
+    **_CHUNKS,
+}
+_BRANCH_RATE = 5.0  # it judges a quarter as many clips a step
 _SFT = {"train.objective": "{name: sft}", "train.prompts_per_step": "32"}
 _BY_VIEW = {"discriminator.view": "luminance-differences"}
 _CONFIDENCE = {"discriminator.confidence": "1.0"}
@@ -48,7 +56,16 @@ METHODS: Mapping[str, Method] = {
     for method in (
         Method(BASE, "where do all methods start? (seeds: noise of the videos)", draws=BASE),
         Method("sft", "is flow matching on the teacher's videos enough?", _SFT),
-        Method("gan", "what does the discriminator's gradient do?", {"train.objective": "{name: gan}"}),
+        Method(
+            "sft-slow",
+            "does it harm less at a twentieth of the learning rate?",
+            {**_SFT, "train.learning_rate": "2.0e-5"},
+        ),
+        Method(
+            "gan",
+            "what does the discriminator's gradient do?",
+            {"train.objective": "{name: gan}", "train.learning_rate": "2.0e-5"},  # 1e-4 collapses
+        ),
         Method(
             "dmd",
             "what does matching a score that was fine-tuned on the teacher do?",
@@ -58,18 +75,19 @@ METHODS: Mapping[str, Method] = {
         Method(
             "afd-branch",
             "are candidates of every chunk a better estimator than whole rollouts?",
-            {
-                "train.objective": "{name: afd-branch, old_policy_decay: 0.9, noise_spread: 0.5, inner_updates: 3}",
-                "train.prompts_per_step": "16",
-                "discriminator.warmup_steps": "40",
-                **_CHUNKS,
-            },
-            discriminator_rate=5.0,
+            _BRANCH,
+            discriminator_rate=_BRANCH_RATE,
         ),
         Method(
             "shuffled",
             "control: is it the advantages that teach?",
             {"train.objective.shuffled_advantages": "true"},
+        ),
+        Method(
+            "branch-shuffled",
+            "control: and in branching?",
+            {**_BRANCH, "train.objective.shuffled_advantages": "true"},
+            discriminator_rate=_BRANCH_RATE,
         ),
         Method("frozen-d", "must the discriminator follow the student?", discriminator_rate=0.0),
         Method("d-lr-0.2", "how fast may the discriminator follow? (afd: 1)", discriminator_rate=0.2),
@@ -111,7 +129,7 @@ METHODS: Mapping[str, Method] = {
 }
 SWEEP = {1: "sft-steps-1", 2: "sft-steps-2", 4: "sft-steps-4", 16: "sft-steps-16"}  # steps -> method
 GROUPS: Mapping[str, Sequence[str]] = {
-    "core": (BASE, "sft", "gan", "dmd", AFD, "afd-branch", "shuffled"),
+    "core": (BASE, "sft", "sft-slow", "gan", "dmd", AFD, "afd-branch", "shuffled", "branch-shuffled"),
     "sft-sweep": tuple(SWEEP.values()),
     "discriminator": ("frozen-d", "d-lr-0.2", "d-lr-2", "d-lr-10", "logistic"),
     "credit": ("chunk-credit", "future-credit"),
