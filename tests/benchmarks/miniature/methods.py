@@ -72,7 +72,7 @@ METHODS: Mapping[str, Method] = {
             "what does matching a score that was fine-tuned on the teacher do?",
             {"train.objective": f"{{name: dmd, real: {GROUP}/flow}}", "train.learning_rate": "2.0e-4"},
         ),
-        Method(AFD, "the paper's method, with the world's settings"),
+        Method(AFD, "the world's recipe as it is: the paper's method (in `quickstart` branching)"),
         Method(
             "afd-branch",
             "are candidates of every chunk a better estimator than whole rollouts?",
