@@ -76,9 +76,9 @@ class _State:
 class Alarms:
     """Watches the log of a run; all processes see the same one."""
 
-    def __init__(self, config: TrainConfig, measured: bool = False):
-        """`measured`: validation measures object permanence."""
-        self._config, self._measured = config, measured
+    def __init__(self, config: TrainConfig, measured: bool = False, speaks: bool = True):
+        """`measured`: validation measures object permanence; `speaks`: of several processes one is enough."""
+        self._config, self._measured, self._speaks = config, measured, speaks
         watched = config.alarms if config.objective.name in ADVERSARIAL else _NONE
         self._hacking, self._collapse, self._drift = watched.reward_hacking, watched.collapse, watched.drift
         self._state = _State()
@@ -99,7 +99,8 @@ class Alarms:
                 raise DivergedError(Diagnosis(name, step, f"{message} The last checkpoint is intact."))
             if name not in self._state.told:
                 self._state.told.append(name)
-                log.warning(f"{name}: {message} train.on_alarm is warn: training goes on.")
+                if self._speaks:
+                    log.warning(f"{name}: {message} train.on_alarm is warn: training goes on.")
 
     def state_dict(self) -> dict:
         """JSON-able."""

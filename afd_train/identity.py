@@ -11,8 +11,11 @@ import torch
 from torch import nn
 
 from afd_data.errors import UserError
+from afd_data.files import file_sha256
 from afd_train.config import Recipe, TrainConfig
-from afd_train.objective_config import DistilConfig, DmdConfig
+from afd_train.discriminator_config import Adapted
+from afd_train.hub import local_path
+from afd_train.objective_config import ADVERSARIAL, DistilConfig, DmdConfig
 from afd_train.students.folder import open_student
 
 # What may change between a run and its resumption without changing what was trained so far.
@@ -38,6 +41,8 @@ def identity_of(recipe: Recipe, config: TrainConfig, net: nn.Module, sharded: bo
     settings = config.model_dump(mode="json", exclude=FREE_TO_CHANGE)
     if isinstance(config.objective, DistilConfig | DmdConfig) and config.objective.real is not None:
         identity["real weights"] = _digest(open_student(config.objective.real).net)
+    if isinstance(recipe.discriminator, Adapted) and config.objective.name in ADVERSARIAL:
+        identity["discriminator weights"] = _files(local_path(recipe.discriminator.path, "discriminator.path"))
     return (
         identity
         | {f"train.{key}": value for key, value in settings.items()}
@@ -53,6 +58,11 @@ def check_identity(folder: Path, identity: Mapping[str, Any], recorded: Mapping[
             f"{folder}: holds a run of another recipe ({', '.join(changed)} differ). "
             "Put the settings back, or choose another `--set out=FOLDER`."
         )
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """sha256 of every file with weights, which checkpoints do not keep where they are frozen."""
+    return {path.name: file_sha256(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
 def _digest(net: nn.Module) -> str:

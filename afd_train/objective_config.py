@@ -35,7 +35,7 @@ class DistilConfig(FakeScore):
     name: Literal["distil"] = "distil"
     real: str | None = Field(
         default=None,
-        description="folder of the flow-matching student whose score is the real one (`base`: the one afd ships); "
+        description="folder of the flow-matching student whose score is the real one (afd ships `miniature/flow`); "
         "default: the starting student",
     )
 
@@ -46,9 +46,8 @@ class DmdConfig(FakeScore):
     name: Literal["dmd"] = "dmd"
     real: str | None = Field(
         default=None,
-        description="folder of the flow-matching student that is fine-tuned (`base`: the one afd ships); "
-        "default: the starting student, "
-        "which few-step distillation has made a bad score",
+        description="folder of the flow-matching student that is fine-tuned (afd ships `miniature/flow`); "
+        "default: the starting student, which few-step distillation has made a bad score",
     )
     real_steps: int = Field(default=300, ge=0, description="flow-matching updates of it before the student moves")
     real_learning_rate: float = Field(default=5e-4, gt=0, description="of these updates")

@@ -13,6 +13,7 @@ Torch-free.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,7 +204,7 @@ def _absolute_prompts(tree: Value) -> Value:
     for key in _BESIDE_THE_RECIPE:
         source = data.get(key)
         if source and isinstance(source.data, str) and source.data != "teacher" and "://" not in source.data:
-            data[key] = Value(str(source.place.folder / source.data), source.place)
+            data[key] = Value(os.path.normpath(source.place.folder / source.data), source.place)
     assert isinstance(tree.data, Mapping)
     return Value({**tree.data, "prompts": Value(data, prompts.place)}, tree.place)
 

@@ -1,4 +1,4 @@
-"""What comes with afd, by name: recipes (`quickstart`, `miniature/multimodal`) and students (`base`).  Torch-free."""
+"""What comes with afd, by name: recipes (`quickstart`) and students (`miniature/one-step`).  Torch-free."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from importlib import resources
 from pathlib import Path
 
-_STUDENT = re.compile(r"([a-z0-9-]+/)?[a-z0-9-]+")
+_STUDENT = re.compile(r"[a-z0-9-]+/[a-z0-9-]+")
 
 
 def shipped_folder() -> Path:
@@ -23,9 +23,9 @@ def shipped_recipes() -> list[str]:
 
 
 def shipped_student(name: str) -> Path | None:
-    """Folder of a student: `base`, or `GROUP/NAME` for recipes/GROUP/bases/NAME; None: no such student."""
+    """Folder of a student: `GROUP/NAME` is recipes/GROUP/bases/NAME; None: no such student."""
     if not _STUDENT.fullmatch(name):
         return None
-    group, _, own = name.rpartition("/")
-    folder = shipped_folder() / group / ("bases" if group else "") / own
+    group, own = name.split("/")
+    folder = shipped_folder() / group / "bases" / own
     return folder if (folder / "student.json").is_file() else None

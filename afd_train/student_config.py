@@ -32,8 +32,8 @@ class StudentConfig(Config):
     init: str | None = Field(
         default=None,
         min_length=1,
-        description="start from these weights: a student folder, the name of one that afd ships (`base`, "
-        "`miniature/one-step`), a diffusers folder, a .pt or .safetensors file, or hf://OWNER/REPO[@REVISION][/PATH]; "
+        description="start from these weights: a student folder, the name of one that afd ships "
+        "(`miniature/one-step`), a diffusers folder, a .pt or .safetensors file, or hf://OWNER/REPO[@REVISION][/PATH]; "
         "default: random",
     )
     init_key: Literal["generator", "generator_ema"] | None = Field(

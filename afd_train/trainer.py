@@ -155,7 +155,7 @@ class Trainer:
         self.objective = open_objective(self.setup)
         exact = recipe.teacher.name == "playground"
         self.validation = Validation(self.setup, self.folder / "validation", exact, judge_of(self.objective))
-        self.alarms = Alarms(config, measured=self.validation.exact)
+        self.alarms = Alarms(config, measured=self.validation.exact, speaks=self.processes.main)
         self.state = RunState(self.trainee, self.objective, self.feed, self.setup.margins, self.best, self.alarms)
 
     def _train(self, step: int | None) -> None:

@@ -16,6 +16,10 @@ Candidates of one context that are noised all the way (t = 1) share the network'
 one forward pass a context instead of M, no gradient through discriminator or sampler, and the noise of M weights is
 averaged before the update instead of by it.  Where the sampler has more steps, its later ones noise the candidate that
 is followed, and the shift is added to what the old policy makes of that.
+
+One shift for all that a context may become is a coarse one where many videos are right.  With `noise_spread` s below 1
+candidates start from sqrt(1 - s^2) n + s n_m around the followed one's noise n, and the student learns at such a noise
+too: all of the above holds, and the shift is that of the videos near the one that is followed.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class StudentFile(Config):
     base: str | None = Field(
         default=None,
         description="what adapter/ belongs to: a student folder (relative to this one, absolute, or one that afd "
-        "ships, such as `base`), a file or folder of weights, or hf://...",
+        "ships, such as `miniature/one-step`), a file or folder of weights, or hf://...",
     )
 
 

@@ -206,6 +206,15 @@ def test_a_warning_is_said_once_a_diagnosis_and_again_by_no_resumed_run(caplog):
     assert all("training goes on" in text for text in said)
 
 
+def test_processes_other_than_the_first_warn_of_nothing(caplog):
+    alarms = Alarms(TrainConfig(on_alarm="warn", stop_margin=1.0), speaks=False)
+    with caplog.at_level(logging.WARNING):
+        for step in range(40):
+            alarms.check(step, {MARGIN: 2.0})
+    assert not caplog.records
+    assert alarms.state_dict()["told"] == ["certain discriminator"]
+
+
 def test_a_value_that_is_not_finite_is_more_than_a_warning():
     with pytest.raises(DivergedError):
         Alarms(TrainConfig(on_alarm="warn")).check(0, {"student/loss": math.nan})

@@ -143,9 +143,9 @@ def test_a_score_of_another_kind_is_refused(setup_of, folder_of, make, settings,
         open_objective(setup_of(make(real=folder_of("odd", **settings))))
 
 
-def test_the_shipped_base_is_named_by_a_word(setup_of):
-    with pytest.raises(UserError, match=r"train\.objective\.real: base has dim 128 \(here: 24\)"):
-        open_objective(setup_of(DmdConfig(real="base")))
+def test_a_shipped_student_is_named_without_its_folder(setup_of):
+    with pytest.raises(UserError, match=r"train\.objective\.real: miniature/flow has dim 128 \(here: 24\)"):
+        open_objective(setup_of(DmdConfig(real="miniature/flow")))
 
 
 def test_a_folder_without_a_student_is_refused(setup_of, tmp_path):

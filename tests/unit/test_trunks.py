@@ -25,7 +25,9 @@ from afd_train.discriminators import Prompts, evenly_spaced, open_discriminator
 from afd_train.discriminators.features import Features
 from afd_train.discriminators.pretrained import resized
 from afd_train.discriminators.vlm import DEVIATION, MEAN, VisionLanguage, patches
+from afd_train.identity import identity_of
 from afd_train.losses import bradley_terry_loss
+from afd_train.objective_config import SftConfig
 from afd_train.optimizer import Optimizer
 from afd_train.parallel import Processes, open_accelerator
 from afd_train.policies import Trainee
@@ -380,3 +382,20 @@ def test_blocks_after_the_last_one_that_is_looked_at_are_not_kept(tiny_student):
 def test_a_block_that_the_student_does_not_have_is_named(tiny_student):
     with pytest.raises(UserError, match=r"discriminator\.blocks: 2, but the student has 2 blocks \(0 to 1\)"):
         open_discriminator(FeaturesConfig(blocks=(0, 2)), tiny_student(), 0)
+
+
+def test_a_run_is_known_by_the_weights_of_its_discriminators_trunk(folders, tiny_recipe, tmp_path):
+    folder = Path(shutil.copytree(folders["vjepa2"], tmp_path / "vjepa2"))
+    recipe = tiny_recipe(tmp_path).model_copy(update={"discriminator": VJepa2Config(path=str(folder))})
+    net = nn.Linear(1, 1)
+
+    def identity(config: TrainConfig) -> dict[str, Any]:
+        return identity_of(recipe, config, net, sharded=False)
+
+    first = identity(TrainConfig())
+    assert identity(TrainConfig()) == first
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, folder / "model.safetensors")
+    second = identity(TrainConfig())
+    assert [key for key in first if first[key] != second[key]] == ["discriminator weights"]
+    assert "discriminator weights" not in identity(TrainConfig(objective=SftConfig()))

@@ -27,7 +27,8 @@ TEACHERS: Mapping[str, Mapping[str, str]] = {
 
 _CHUNKS = {"discriminator.chunk_causal": "true", "discriminator.loss": "bt-chunk"}
 _BRANCH = {
-    "train.objective": "{name: afd-branch, old_policy_decay: 0.9, noise_spread: 0.5, inner_updates: 3, prior_weight: 0.01}",
+    "train.objective": "{name: afd-branch, old_policy_decay: 0.9, noise_spread: 0.5, inner_updates: 3, "
+    "prior_weight: 0.01}",
     "train.prompts_per_step": "16",
     "discriminator.warmup_steps": "40",
     "discriminator.chunk_loss_weight": "2.0",
@@ -71,7 +72,7 @@ METHODS: Mapping[str, Method] = {
             "what does matching a score that was fine-tuned on the teacher do?",
             {"train.objective": f"{{name: dmd, real: {GROUP}/flow}}", "train.learning_rate": "2.0e-4"},
         ),
-        Method(AFD, "the paper's method, with the world's settings"),
+        Method(AFD, "the world's recipe as it is: the paper's method (in `quickstart` branching)"),
         Method(
             "afd-branch",
             "are candidates of every chunk a better estimator than whole rollouts?",
