@@ -134,7 +134,7 @@ def resolved_prompts() -> bytes:
 
 def test_tested_settings_may_be_measured_again_and_others_may_not(tmp_path):
     book = tmp_path / "uses.jsonl"
-    ledger.record(book, "multimodal", {"afd": "1", "sft": "2"}, None)
+    ledger.record(book, "multimodal", {"afd": "1", "sft": "2"}, None, "abc")
     ledger.check(book, "multimodal", {"afd": "1", "gan": "5"}, None)  # the same, and a new method
     ledger.check(book, "framewise", {"afd": "9"}, None)  # another world
     with pytest.raises(UserError, match=r"sft in multimodal was measured on the test prompts .* --use-test-again"):
@@ -143,10 +143,11 @@ def test_tested_settings_may_be_measured_again_and_others_may_not(tmp_path):
 
 def test_a_use_for_a_reason_is_written_down_with_it(tmp_path):
     book = tmp_path / "uses.jsonl"
-    ledger.record(book, "multimodal", {"afd": "1"}, None)
+    ledger.record(book, "multimodal", {"afd": "1"}, None, "abc")
     ledger.check(book, "multimodal", {"afd": "2"}, "a bug in the sampler")
-    ledger.record(book, "multimodal", {"afd": "2"}, "a bug in the sampler")
+    ledger.record(book, "multimodal", {"afd": "2"}, "a bug in the sampler", "abc (changed)")
     first, second = ledger.read(book)
+    assert [(use["commit"], use["dirty"]) for use in (first, second)] == [("abc", False), ("abc", True)]
     assert "reason" not in first
     assert second["reason"] == "a bug in the sampler"
     assert set(first) == {"date", "commit", "dirty", "world", "methods"}
@@ -156,7 +157,7 @@ def test_a_use_for_a_reason_is_written_down_with_it(tmp_path):
 
 def test_the_command_refuses_other_settings_on_the_test_prompts_before_it_does_anything(tmp_path, capsys):
     book, out = tmp_path / "uses.jsonl", tmp_path / "out"
-    ledger.record(book, "multimodal", {"afd": "other"}, None)
+    ledger.record(book, "multimodal", {"afd": "other"}, None, "abc")
     arguments = ["--methods", "afd", "--split", "test", "--ledger", str(book), "--out", str(out)]
     assert main(arguments) == 2
     assert "measured on the test prompts" in capsys.readouterr().err

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 from afd_data.errors import UserError
+from afd_train.evaluation.provenance import git_commit
 from tests.benchmarks.miniature import ledger, study
 from tests.benchmarks.miniature.markdown import page
 from tests.benchmarks.miniature.methods import AFD, BASE, GROUPS, METHODS, chosen
@@ -49,6 +50,7 @@ def main(arguments: list[str]) -> int:
 def run(options: argparse.Namespace, command: str) -> list[str]:
     """The whole study; returns what failed.  Raises UserError."""
     plan = _plan(options)
+    commit = git_commit() or "unknown"  # now: the book of uses is a file of the checkout
     testing = plan.split == "test"
     if testing:
         ledger.check(options.ledger, plan.world, plan.digests, options.use_test_again)
@@ -56,9 +58,9 @@ def run(options: argparse.Namespace, command: str) -> list[str]:
     study.prepare(plan)
     failed = study.train(plan)
     if testing:
-        ledger.record(options.ledger, plan.world, plan.digests, options.use_test_again)
+        ledger.record(options.ledger, plan.world, plan.digests, options.use_test_again, commit)
     study.measure(plan)
-    results, folder = results_of(plan, command), plan.folder / plan.split
+    results, folder = results_of(plan, command, commit), plan.folder / plan.split
     (folder / "results.json").write_text(json.dumps(results.to_json(), indent=1, allow_nan=False), encoding="utf-8")
     (folder / "table.md").write_text(page(results), encoding="utf-8")
     write_plots(results, folder)

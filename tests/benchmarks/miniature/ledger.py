@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from afd_data.errors import UserError
-from afd_train.evaluation.provenance import git_commit
 
 DEFAULT = Path(__file__).resolve().parents[3] / "recipes" / "miniature" / "test_uses.jsonl"
 CHANGED = " (changed)"  # how git_commit marks a dirty tree
@@ -32,9 +31,8 @@ def check(path: Path, world: str, methods: Mapping[str, str], reason: str | None
             )
 
 
-def record(path: Path, world: str, methods: Mapping[str, str], reason: str | None) -> None:
-    """Write a use down."""
-    commit = git_commit() or "unknown"
+def record(path: Path, world: str, methods: Mapping[str, str], reason: str | None, commit: str) -> None:
+    """Write a use down.  commit: as `git_commit` says, of before this book was written in."""
     entry = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit.removesuffix(CHANGED),

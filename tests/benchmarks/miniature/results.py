@@ -69,7 +69,7 @@ class Results:
         }
 
 
-def results_of(plan: Plan, command: str) -> Results:
+def results_of(plan: Plan, command: str, commit: str) -> Results:
     """Of what is measured so far."""
     values: dict[str, dict[str, dict[int, float]]] = {}
     budgets: dict[str, dict[str, dict[int, float]]] = {}
@@ -83,16 +83,20 @@ def results_of(plan: Plan, command: str) -> Results:
                 into.setdefault(method.name, {}).setdefault(name, {})[seed] = value
     ordered = {method.name: values[method.name] for method in plan.methods if method.name in values}
     teacher = json.loads(teacher_numbers(plan).read_text(encoding="utf-8"))
-    return Results(_header(plan, command, teacher["prompts"]), ordered, teacher["values"], budgets)
+    return Results(_header(plan, command, commit, teacher["prompts"]), ordered, teacher["values"], budgets)
 
 
-def _header(plan: Plan, command: str, prompts: int) -> dict[str, Any]:
+def _header(plan: Plan, command: str, commit: str, prompts: int) -> dict[str, Any]:
     recipe = next(iter(plan.recipes.values()))
     found = provenance.header(recipe, {}, step=0, cells=f"{prompts} x {recipe.eval.clips_per_prompt}", teacher="")
-    known = ("date", "git commit", "prompts x clips", "video", "machine", "packages")
-    minutes = f"{plan.minutes:g} min of one thread a run"
-    return {"command": command, "world": plan.world, "split": plan.split, "budget": minutes} | {
-        key: found[key] for key in known
+    known = ("date", "prompts x clips", "video", "machine", "packages")
+    return {
+        "command": command,
+        "git commit": commit,
+        "world": plan.world,
+        "split": plan.split,
+        "budget": f"{plan.minutes:g} min of one thread a run",
+        **{key: found[key] for key in known},
     }
 
 
