@@ -108,13 +108,15 @@ def copies(student: StudentConfig, run: TrainConfig, load: Load) -> list[Part]:
 def clips(student: StudentConfig, run: TrainConfig, load: Load) -> list[Part]:
     """Latents, float32.
 
-    Of a step as drawn and as remembered, noised, as targets and as the old policy sees them (for gan: before the last
-    step, the gradient, and as the reference sees them); of a pass at all steps.
+    Of a step as drawn and as remembered (for afd: and the noise they began as), noised, as targets and as the old
+    policy sees them (for gan: before the last step, the gradient, and as the reference sees them); of a pass at all
+    steps.
     """
     shape = load.shape
     latents = shape.frames * shape.channels * shape.height * shape.width
     copies = run.objective.noisings_per_clip if run.objective.name == "afd" else 1
-    count = (2 + 3 * copies) * load.step_clips + (len(student.steps) + 1) * load.clips + (1 + copies) * load.prompts
+    kept = 3 if run.objective.name == "afd" else 2
+    count = (kept + 3 * copies) * load.step_clips + (len(student.steps) + 1) * load.clips + (1 + copies) * load.prompts
     size = FLOAT32 * (count * latents + load.prompts * student.text_tokens * student.text_dim)
     return [Part("clips", size, f"{load.step_clips} of a step, {load.clips} of a pass")]
 

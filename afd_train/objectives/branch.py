@@ -44,7 +44,7 @@ from afd_train.objectives.judged import Judged
 from afd_train.objectives.parts import Part, parts_of
 from afd_train.objectives.warmup import held_out
 from afd_train.policies import Policy, old_policy_decay
-from afd_train.rollout import step_times
+from afd_train.rollout import Sampler, step_times
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class BranchedFlowDistillation(Judged):
     def __init__(self, setup: Setup, config: BranchConfig):
         super().__init__(setup)
         self._config = config
+        self._sampler = Sampler.of(setup.student.config, training=True)
 
     def step(self, examples: Sequence[Example], step: int) -> Metrics:
         """One update of the discriminator and one of the student on the branches of every prompt."""

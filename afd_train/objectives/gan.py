@@ -21,6 +21,7 @@ from afd_train.objectives.distances import Distances
 from afd_train.objectives.judged import Judged
 from afd_train.objectives.parts import Part, parts_of
 from afd_train.objectives.warmup import held_out
+from afd_train.rollout import Sampler
 from afd_train.students.attention import KVCache
 from afd_train.students.causal_wan import CausalWan
 
@@ -48,6 +49,7 @@ class Adversarial(Judged):
     def __init__(self, setup: Setup, config: GanConfig):
         super().__init__(setup)
         self._config = config
+        self._sampler = Sampler.of(setup.student.config, training=True)
 
     def step(self, examples: Sequence[Example], step: int) -> Metrics:
         """One update of the discriminator and one of the student on K rollouts of every prompt."""

@@ -9,7 +9,6 @@ from afd_train.objectives import Metrics, Objective, Setup
 from afd_train.objectives.flow_matching import warm_start
 from afd_train.objectives.judge import Judge
 from afd_train.objectives.warmup import warm_up
-from afd_train.rollout import Sampler
 
 
 class Judged:
@@ -18,7 +17,6 @@ class Judged:
     def __init__(self, setup: Setup):
         self._setup = setup
         self.judge = Judge(setup)
-        self._sampler = Sampler.of(setup.student.config, training=True)
         self.modules = {"discriminator": self.judge.net}
         self.optimizers = {"discriminator": self.judge.optimizer}
 

@@ -9,6 +9,7 @@ import pytest
 
 from afd_data.errors import UserError
 from afd_train.config import Recipe
+from afd_train.recipe import load_recipe
 from afd_train.shipped import shipped_folder, shipped_student
 from tests.benchmarks.miniature import ledger
 from tests.benchmarks.miniature.__main__ import listing, main
@@ -49,6 +50,14 @@ def test_a_discriminators_rate_is_a_multiple_of_what_the_command_line_sets():
     own = {"discriminator.learning_rate": "2.0e-4"}
     settings = settings_of(METHODS["d-lr-0.2"], "multimodal", 2, own)
     assert resolved("multimodal", settings).discriminator.learning_rate == pytest.approx(4e-5)
+
+
+def test_the_quickstart_is_the_methods_branching_for_longer():
+    quickstart, method = load_recipe("quickstart"), recipe_of("afd-branch")
+    assert quickstart.discriminator == method.discriminator
+    same = ("objective", "prompts_per_step", "rollouts_per_prompt", "learning_rate", "evaluation_ema")
+    assert quickstart.train.model_dump(include=set(same)) == method.train.model_dump(include=set(same))
+    assert (quickstart.student, quickstart.teacher, quickstart.cache) == (method.student, method.teacher, method.cache)
 
 
 def test_groups_hold_methods_and_bring_whose_students_they_draw():
