@@ -2,6 +2,9 @@
 
 `discriminator/round_trip_accuracy`: of the teacher's clips against the same ones treated as the student's are.  Above
 0.5 the discriminator can tell the sides apart by what is done to them and not by what they show.
+`discriminator/prompt_accuracy`: of the teacher's clips against its clips of other prompts, under one prompt.  At 0.5
+the discriminator does not read the prompt, and no student learns from it what the prompt asks for
+(`discriminator.mismatch_weight`).
 `discriminator/rank_correlation`: within a prompt's rollouts, of its score with object permanence, where that can be
 measured exactly.  About 0.3 to 0.5 where training works; at 0 the advantages are noise.
 """
@@ -38,9 +41,10 @@ class Diagnostics:
         if stream is None:
             return {}
         examples = self._own(stream)
-        teacher, tripped = self._judge.score(examples, setup.latents(examples), NOISE_STEP)
-        gaps = setup.processes.gather((teacher - tripped).mean(1))
-        metrics = {"discriminator/round_trip_accuracy": preferred(gaps)}
+        metrics = {"discriminator/round_trip_accuracy": self._preferred_to(examples, examples)}
+        others = self._own(stream, shift=1)
+        if all(e.prompt_id != other.prompt_id for e, other in zip(examples, others, strict=True)):
+            metrics["discriminator/prompt_accuracy"] = self._preferred_to(examples, others)
         if self._exact:
             correlations = setup.processes.gather(self._correlations(examples))
             known = correlations[correlations.isfinite()]
@@ -48,13 +52,18 @@ class Diagnostics:
                 metrics["discriminator/rank_correlation"] = float(known.mean())
         return metrics
 
-    def _own(self, stream: Stream) -> list[Example]:
-        """This process's share of the first prompts, a video each; as many on every process."""
+    def _preferred_to(self, examples: list[Example], others: list[Example]) -> float:
+        """How often the teacher's clips win against those of `others` that went the student's way."""
+        teacher, other = self._judge.score(examples, self._setup.latents(others), NOISE_STEP)
+        return preferred(self._setup.processes.gather((teacher - other).mean(1)))
+
+    def _own(self, stream: Stream, shift: int = 0) -> list[Example]:
+        """This process's share of the first prompts, a video each, as many on every process; or so many further on."""
         first = {stream.places[key].prompt_id: key for key in reversed(stream.keys)}
         keys = [first[prompt] for prompt in sorted(first)[:PROMPTS]]
         processes = self._setup.processes
         share = max(1, len(keys) // processes.count)
-        return [stream.example(keys[(i * processes.count + processes.index) % len(keys)]) for i in range(share)]
+        return [stream.example(keys[(i * processes.count + processes.index + shift) % len(keys)]) for i in range(share)]
 
     def _correlations(self, examples: list[Example]) -> Tensor:
         """Of each prompt's rollouts by the student: [P], nan where they do not differ."""

@@ -52,6 +52,12 @@ class Judging(Config):
     input_noise: float = Field(
         default=0.8, ge=0, description="largest standard deviation of the noise added to its input while it trains"
     )
+    mismatch_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="of a second comparison, with the teacher's video of another prompt in the student's place: pairs "
+        "of one prompt alone give no reason to read it (discriminator/prompt_accuracy tells)",
+    )
     r1_weight: float = Field(
         default=0.0, ge=0, description="penalty on |dD/dx|^2 at the teacher's clips, by finite differences"
     )
@@ -86,6 +92,11 @@ class Judging(Config):
     def references(self) -> bool:
         """Whether it looks at another take of the prompt beside the clip."""
         return False
+
+    @property
+    def teacher_clips(self) -> int:
+        """Clips of the teacher that it learns from, an example: its own, another prompt's, and its own moved."""
+        return 1 + (self.mismatch_weight > 0) + (self.r1_weight > 0)
 
     def problem_with(self, shape: LatentShape, chunk_frames: int) -> str | None:
         """Why clips of this shape cannot be judged, as `KEY: reason` within the section; None if they can."""

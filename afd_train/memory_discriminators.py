@@ -35,9 +35,8 @@ def scoring(recipe: Recipe, run: TrainConfig, load: Load) -> list[Part]:
         return []
     config, cost = recipe.discriminator, cost_of(recipe, load)
     most = run.clips_per_pass or config.warmup_prompts
-    # Teacher and student; once more the teacher, for the penalty.
-    warmup = (3 if config.r1_weight else 2) * min(most, config.warmup_prompts) if config.warmup_steps else 0
-    count = max(load.clips + (2 if config.r1_weight else 1) * load.prompts, warmup)
+    warmup = (1 + config.teacher_clips) * min(most, config.warmup_prompts) if config.warmup_steps else 0
+    count = max(load.clips + config.teacher_clips * load.prompts, warmup)
     of = f"of the discriminator, {count} clips x {cost.tokens:,} tokens"
     parts = [Part("its activations", count * cost.saved, of)]
     if cost.frozen:

@@ -150,9 +150,11 @@ class Judge:
                 loss = loss + config.chunk_loss_weight * chunk_bradley_terry_loss(pairs.teacher, pairs.student, weight)
             case "logistic":
                 loss = logistic_loss(teacher, student, weight)
-        if pairs.moved is None:
-            return loss
-        return loss + config.r1_weight * finite_difference_penalty(teacher, pairs.moved.mean(1), config.r1_step)
+        if pairs.mismatched is not None:
+            loss = loss + config.mismatch_weight * bradley_terry_loss(teacher, pairs.mismatched.mean(1))
+        if pairs.moved is not None:
+            loss = loss + config.r1_weight * finite_difference_penalty(teacher, pairs.moved.mean(1), config.r1_step)
+        return loss
 
 
 def told_apart(which: str, teacher: Tensor, student: Tensor) -> Metrics:

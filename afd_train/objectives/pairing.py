@@ -7,6 +7,7 @@ clips the autoencoder has then seen as often as the student's.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -15,24 +16,26 @@ import torch
 from torch import Tensor, nn
 
 from afd_data.errors import UserError
-from afd_data.stream import Example
+from afd_data.stream import Example, Stream
 from afd_train.discriminators import ChunkDiscriminator, Prompts, evenly_spaced
 from afd_train.draws import Draws
 from afd_train.objectives import Setup
-from afd_train.objectives.parts import Part, parts_of
+from afd_train.objectives.parts import parts_of
 
 
 @dataclass(frozen=True)
 class Pairs:
     """Scores of a part's clips, [n, S] each, S = 1 or chunks; row i of both is a pair of one prompt.
 
-    `moved`: the teacher's clips again, a small random step away, where the loss asks for it; `drawn`: the student's
-    clips as they were judged, [n, F, C, h, w], where the gradient with respect to them is asked for.
+    `mismatched`: the teacher's clips of other prompts, `moved`: its clips again, a small random step away, where the
+    loss asks for them; `drawn`: the student's clips as they were judged, [n, F, C, h, w], where the gradient with
+    respect to them is asked for.
     """
 
     teacher: Tensor
     student: Tensor
     takes: int
+    mismatched: Tensor | None = None
     moved: Tensor | None = None
     drawn: Tensor | None = None
 
@@ -53,6 +56,7 @@ class Pairing:
         setup, takes = self._setup, len(rollouts) // len(examples)
         teacher, text = setup.latents(examples), setup.text(examples)
         reference = self._reference(examples, step)
+        foreign = setup.latents(self._foreign(examples, step)) if noisy and self._config.mismatch_weight else None
         for part in parts_of(len(examples), takes, setup.config.clips_per_pass):
             some, count = examples[part.prompts], len(part.takes)
             group = list(range(len(some)))
@@ -60,15 +64,20 @@ class Pairing:
             drawn = self._own_space(rollouts[part.rows], True).detach().requires_grad_(followed)
             clips = torch.cat([self._own_space(teacher[part.prompts]), drawn])
             if noisy:
-                clips = clips + self._noise(some, part, step, clips.shape, torch.tensor(group))
+                noises = setup.draws(step, "teacher", some), setup.draws(step, "student", some, part.takes)
+                clips = clips + self._noise(some, step, clips.shape, group, noises)
             prompts = Prompts([example.prompt for example in some], text[part.prompts]).of(group)
             beside = None if reference is None else self._own_space(reference[part.prompts])[group]
             scores = self._net(clips, prompts, beside)
+            mismatched = None
+            if foreign is not None:
+                mismatched = self._mismatched(self._own_space(foreign[part.prompts]), prompts, beside, some, step)
             moved = self._moved(clips[: len(some)], prompts, beside, some, step) if noisy else None
             yield Pairs(
                 scores[: len(some)].repeat_interleave(count, 0),
                 scores[len(some) :],
                 count,
+                None if mismatched is None else mismatched.repeat_interleave(count, 0),
                 None if moved is None else moved.repeat_interleave(count, 0),
                 drawn if followed else None,
             )
@@ -101,6 +110,14 @@ class Pairing:
         pixels = evenly_spaced(autoencoder.decode(latents), self._net.frames)  # pyright: ignore[reportArgumentType]
         return pixels.permute(0, 1, 4, 2, 3).float() / 127.5 - 1
 
+    def _mismatched(
+        self, foreign: Tensor, prompts: Prompts, beside: Tensor | None, examples: Sequence[Example], step: int
+    ) -> Tensor:
+        """Scores of the teacher's clips of other prompts, as noisy as those of the examples."""
+        rows = range(len(foreign))
+        noise = self._noise(examples, step, foreign.shape, rows, [self._setup.draws(step, "foreign", examples)])
+        return self._net(foreign + noise, prompts.of(rows), None if beside is None else beside[: len(foreign)])
+
     def _moved(
         self, teacher: Tensor, prompts: Prompts, beside: Tensor | None, examples: Sequence[Example], step: int
     ) -> Tensor | None:
@@ -114,11 +131,10 @@ class Pairing:
 
     def _others(self, examples: Sequence[Example], step: int) -> list[Example]:
         """For each example another take of its prompt.  Raises UserError where there is none."""
-        setup, found = self._setup, []
-        draws = setup.draws(step, "reference", examples).uniform().tolist()
+        found = []
+        draws = self._setup.draws(step, "reference", examples).uniform().tolist()
         for example, draw in zip(examples, draws, strict=True):
-            held_out = setup.held_out is not None and example.split == setup.held_out.split
-            stream = setup.held_out if held_out and setup.held_out else setup.stream
+            stream = self._stream_of(example)
             others = [key for key in stream.takes(example.prompt_id) if key != example.key]
             if not others:
                 raise UserError(
@@ -128,11 +144,37 @@ class Pairing:
             found.append(stream.example(others[int(draw * len(others))]))
         return found
 
-    def _noise(self, examples: Sequence[Example], part: Part, step: int, shape: Sequence[int], group: Tensor) -> Tensor:
-        setup = self._setup
-        levels = setup.draws(step, "noise level", examples)
-        noises = setup.draws(step, "teacher", examples), setup.draws(step, "student", examples, part.takes)
-        return input_noise(shape, group, self._config.input_noise, levels, noises)
+    def _foreign(self, examples: Sequence[Example], step: int) -> list[Example]:
+        """For each example one of another prompt.  Raises UserError where there is one prompt only."""
+        found = []
+        draws = self._setup.draws(step, "other prompt", examples).uniform().tolist()
+        for example, draw in zip(examples, draws, strict=True):
+            stream = self._stream_of(example)
+            start = int(draw * len(stream.keys))
+            turned = itertools.chain(stream.keys[start:], stream.keys[:start])
+            key = next((key for key in turned if stream.places[key].prompt_id != example.prompt_id), None)
+            if key is None:
+                raise UserError(
+                    "discriminator.mismatch_weight: the cache has one prompt only; cache more, or set it to 0"
+                )
+            found.append(stream.example(key))
+        return found
+
+    def _stream_of(self, example: Example) -> Stream:
+        held_out = self._setup.held_out
+        return held_out if held_out is not None and example.split == held_out.split else self._setup.stream
+
+    def _noise(
+        self,
+        examples: Sequence[Example],
+        step: int,
+        shape: Sequence[int],
+        group: Sequence[int],
+        noises: Sequence[Draws],
+    ) -> Tensor:
+        """Of clips of these examples; clip i is of examples[group[i]]."""
+        levels = self._setup.draws(step, "noise level", examples)
+        return input_noise(shape, torch.tensor(group), self._config.input_noise, levels, noises)
 
 
 def input_noise(shape: Sequence[int], group: Tensor, largest: float, levels: Draws, noises: Sequence[Draws]) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from afd_train.diagnostics import Diagnostics, preferred, rank_correlations
+from afd_train.diagnostics import PROMPTS, Diagnostics, preferred, rank_correlations
 from afd_train.diversity import diversity
 from afd_train.objective_config import AfdConfig
 from afd_train.objectives import open_objective
@@ -91,11 +91,23 @@ def test_one_that_looks_for_what_was_done_to_a_clip_is_found_out(setup_of):
     assert diagnosed(setup, Brightness())["discriminator/round_trip_accuracy"] == 1.0
 
 
+def test_prompt_accuracy_is_of_clips_against_those_of_the_next_prompt(setup_of):
+    setup = setup_of(AfdConfig())
+    stream = setup.held_out
+    first = {stream.places[key].prompt_id: key for key in reversed(stream.keys)}
+    examples = [stream.example(first[prompt]) for prompt in sorted(first)[:PROMPTS]]
+    bright = setup.latents(examples).mean((1, 2, 3, 4))
+    assert diagnosed(setup, Brightness())["discriminator/prompt_accuracy"] == preferred(bright - bright.roll(-1))
+
+
 def test_the_correlation_is_measured_where_the_world_is_exact_and_is_the_same_again(setup_of):
     setup = setup_of(AfdConfig(), clips_per_pass=3)
     first = diagnosed(setup)
     assert diagnosed(setup) == first
-    assert diagnosed(setup, exact=False).keys() == {"discriminator/round_trip_accuracy"}
+    assert diagnosed(setup, exact=False).keys() == {
+        "discriminator/round_trip_accuracy",
+        "discriminator/prompt_accuracy",
+    }
     assert abs(first.get("discriminator/rank_correlation", 0.0)) <= 1
 
 

@@ -231,12 +231,16 @@ def test_a_frozen_trunk_keeps_nothing_for_a_backward_pass(made):
     assert found.learning == pytest.approx(found.scoring)
 
 
-def test_a_penalty_by_differences_has_a_third_set_of_clips(made):
-    activations = []
-    for weight in (0.0, 1.0):
-        recipe, load = large(made, SpaceTimeConfig(patch=4, tubelet_frames=3, warmup_prompts=512, r1_weight=weight))
-        activations.append(total(scoring(recipe, recipe.train, load)))
-    assert activations[1] == 1.5 * activations[0]
+@pytest.mark.parametrize(
+    ("settings", "sets"), [({}, 2), ({"r1_weight": 1.0}, 3), ({"mismatch_weight": 1.0, "r1_weight": 1.0}, 4)]
+)
+def test_a_penalty_and_a_second_comparison_have_a_set_of_clips_each(made, settings, sets):
+    base = {"patch": 4, "tubelet_frames": 3, "warmup_prompts": 512}
+    found = []
+    for some in ({}, settings):
+        recipe, load = large(made, SpaceTimeConfig(**(base | some)))
+        found.append(total(scoring(recipe, recipe.train, load)))
+    assert found[1] == sets / 2 * found[0]
 
 
 @pytest.mark.parametrize(

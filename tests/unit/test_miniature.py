@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,8 +134,23 @@ def test_a_digest_follows_settings_and_the_content_of_files_but_no_folder_or_see
     assert digest_of(recipe_of(AFD), TRAINED) != digest_of(slower, TRAINED)
     assert digest_of(recipe_of(AFD), DRAWN) == digest_of(slower, DRAWN)  # the base's numbers do not depend on it
     assert digest_of(recipe_of("sft-style"), VIDEOS) != digest_of(recipe_of("sft"), VIDEOS)
+    on = recipe_of(AFD, **{"discriminator.mismatch_weight": "1"})
+    assert digest_of(recipe_of(AFD), TRAINED) != digest_of(on, TRAINED)
     (tmp_path / "prompts.txt").write_text("a red ball falls")
     assert digest_of(recipe_of(AFD), VIDEOS) != digest_of(same, VIDEOS)
+
+
+def test_an_option_that_is_off_changes_no_digest(monkeypatch):
+    before = digest_of(recipe_of(AFD), TRAINED)
+    dump = Recipe.model_dump
+
+    def with_new_ones(self: Recipe, **settings: Any) -> dict[str, Any]:
+        dumped = dump(self, **settings)
+        dumped["train"] |= {"new": None, "newer": {"also": 0.0, "and": []}}
+        return dumped
+
+    monkeypatch.setattr(Recipe, "model_dump", with_new_ones)
+    assert digest_of(recipe_of(AFD), TRAINED) == before
 
 
 def resolved_prompts() -> bytes:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Set
 from pathlib import Path
+from typing import Any
 
 from afd_train.config import Recipe
 from afd_train.evaluation.clips import folder_sha256
@@ -17,7 +18,10 @@ TRAINED = DRAWN | {"discriminator", "pretrain", "train"}
 
 
 def digest_of(recipe: Recipe, sections: Set[str]) -> str:
-    """64 hex digits.  Files count by their content, whatever they are called."""
+    """64 hex digits.  Files count by their content, whatever they are called.
+
+    What is off (null, false, 0 or empty) does not count, so that an option that a later version adds changes nothing.
+    """
     settings = recipe.model_dump(mode="json", include=set(sections))
     settings["cache"].pop("folder")
     for key in ("source", "test_source"):
@@ -28,4 +32,11 @@ def digest_of(recipe: Recipe, sections: Set[str]) -> str:
     folder = init and (shipped_student(init) or Path(init))
     if "student" in sections and folder and folder.is_dir():
         settings["student"]["init"] = folder_sha256(folder)
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_on(settings), sort_keys=True).encode()).hexdigest()
+
+
+def _on(settings: Any) -> Any:
+    """Without what is off, at any depth of sections."""
+    if not isinstance(settings, dict):
+        return settings
+    return {key: on for key, value in settings.items() if (on := _on(value))}
