@@ -11,6 +11,7 @@ from afd_train.diversity import diversity
 from afd_train.objective_config import AfdConfig
 from afd_train.objectives import open_objective
 from afd_train.objectives.judged import judge_of
+from afd_train.objectives.pairing import Pairing
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def diagnosed(setup, net: torch.nn.Module | None = None, exact: bool = True):
     judge = judge_of(open_objective(setup))
     assert judge is not None
     if net is not None:
-        judge.net = net
+        judge.pairing = Pairing(setup, net)
     return Diagnostics(setup, judge, exact).run()
 
 
