@@ -56,7 +56,9 @@ class Pairing:
         setup, takes = self._setup, len(rollouts) // len(examples)
         teacher, text = setup.latents(examples), setup.text(examples)
         reference = self._reference(examples, step)
-        foreign = setup.latents(self._foreign(examples, step)) if noisy and self._config.mismatch_weight else None
+        others = (
+            setup.latents(self._of_other_prompts(examples, step)) if noisy and self._config.mismatch_weight else None
+        )
         for part in parts_of(len(examples), takes, setup.config.clips_per_pass):
             some, count = examples[part.prompts], len(part.takes)
             group = list(range(len(some)))
@@ -69,18 +71,14 @@ class Pairing:
             prompts = Prompts([example.prompt for example in some], text[part.prompts]).of(group)
             beside = None if reference is None else self._own_space(reference[part.prompts])[group]
             scores = self._net(clips, prompts, beside)
-            mismatched = None
-            if foreign is not None:
-                mismatched = self._mismatched(self._own_space(foreign[part.prompts]), prompts, beside, some, step)
-            moved = self._moved(clips[: len(some)], prompts, beside, some, step) if noisy else None
-            yield Pairs(
-                scores[: len(some)].repeat_interleave(count, 0),
-                scores[len(some) :],
-                count,
-                None if mismatched is None else mismatched.repeat_interleave(count, 0),
-                None if moved is None else moved.repeat_interleave(count, 0),
-                drawn if followed else None,
-            )
+            mismatched = moved = None
+            if others is not None:
+                mismatched = self._mismatched(self._own_space(others[part.prompts]), prompts, beside, some, step)
+                mismatched = mismatched.repeat_interleave(count, 0)
+            if noisy and self._config.r1_weight:
+                moved = self._moved(clips[: len(some)], prompts, beside, some, step).repeat_interleave(count, 0)
+            teacher_scores = scores[: len(some)].repeat_interleave(count, 0)
+            yield Pairs(teacher_scores, scores[len(some) :], count, mismatched, moved, drawn if followed else None)
 
     def branches(self, examples: Sequence[Example], followed: Tensor, candidates: Tensor, step: int) -> Tensor:
         """Scores of the candidates for every chunk, behind the followed chunks before it: [P, M, chunks].
@@ -99,7 +97,7 @@ class Pairing:
 
     def _reference(self, examples: Sequence[Example], step: int) -> Tensor | None:
         """Another clip of the teacher for each example, where the discriminator looks at one."""
-        return self._setup.latents(self._others(examples, step)) if self._config.references else None
+        return self._setup.latents(self._other_takes(examples, step)) if self._config.references else None
 
     def _own_space(self, latents: Tensor, drawn: bool = False) -> Tensor:
         """Clips in the discriminator's space; `drawn`: by the student, so that they have seen no 8-bit video yet."""
@@ -111,25 +109,23 @@ class Pairing:
         return pixels.permute(0, 1, 4, 2, 3).float() / 127.5 - 1
 
     def _mismatched(
-        self, foreign: Tensor, prompts: Prompts, beside: Tensor | None, examples: Sequence[Example], step: int
+        self, others: Tensor, prompts: Prompts, beside: Tensor | None, examples: Sequence[Example], step: int
     ) -> Tensor:
         """Scores of the teacher's clips of other prompts, as noisy as those of the examples."""
-        rows = range(len(foreign))
-        noise = self._noise(examples, step, foreign.shape, rows, [self._setup.draws(step, "foreign", examples)])
-        return self._net(foreign + noise, prompts.of(rows), None if beside is None else beside[: len(foreign)])
+        rows = range(len(others))
+        noise = self._noise(examples, step, others.shape, rows, [self._setup.draws(step, "mismatched", examples)])
+        return self._net(others + noise, prompts.of(rows), None if beside is None else beside[: len(others)])
 
     def _moved(
         self, teacher: Tensor, prompts: Prompts, beside: Tensor | None, examples: Sequence[Example], step: int
-    ) -> Tensor | None:
-        """Scores of the teacher's clips after a random step; None without such a penalty."""
-        if not self._config.r1_weight:
-            return None
+    ) -> Tensor:
+        """Scores of the teacher's clips after a random step."""
         count = len(teacher)
         direction = self._setup.draws(step, "finite difference", examples).normal(*teacher.shape[1:])
         near = teacher + self._config.r1_step * direction
         return self._net(near, prompts.of(range(count)), None if beside is None else beside[:count])
 
-    def _others(self, examples: Sequence[Example], step: int) -> list[Example]:
+    def _other_takes(self, examples: Sequence[Example], step: int) -> list[Example]:
         """For each example another take of its prompt.  Raises UserError where there is none."""
         found = []
         draws = self._setup.draws(step, "reference", examples).uniform().tolist()
@@ -144,7 +140,7 @@ class Pairing:
             found.append(stream.example(others[int(draw * len(others))]))
         return found
 
-    def _foreign(self, examples: Sequence[Example], step: int) -> list[Example]:
+    def _of_other_prompts(self, examples: Sequence[Example], step: int) -> list[Example]:
         """For each example one of another prompt.  Raises UserError where there is one prompt only."""
         found = []
         draws = self._setup.draws(step, "other prompt", examples).uniform().tolist()
