@@ -1,8 +1,8 @@
 """The `train.alarms` section: when a run is diagnosed to go wrong.  Torch-free.
 
 A section or threshold of null switches that alarm off.  "At the start" is the mean of a metric's first five values
-after the warm-up (of its first, where validation measures it), and what is compared with it is the running mean that
-keeps 0.9 of its past, from the 21st step on.
+after the warm-up, and what is compared with it is the running mean that keeps 0.9 of its past, from the 21st step on;
+of what validation measures, the first value and the last.
 """
 
 from __future__ import annotations

@@ -22,13 +22,18 @@ HARD = 0.25  # share of the prompts with a margin, those with the largest, that 
 
 
 def check_prompts(setup: Setup) -> None:
-    """Raises UserError where a batch would hold a prompt twice, which breaks the groups of adversarial objectives."""
+    """Raises UserError where the cache has too few prompts.
+
+    Adversarial objectives' groups break where a batch holds a prompt twice.
+    """
     if setup.config.objective.name not in ADVERSARIAL:
         return
     prompts = len({place.prompt_id for place in setup.stream.places.values()})
     wanted = {"train.prompts_per_step": setup.config.prompts_per_step}
     if setup.discriminator.warmup_steps:
         wanted["discriminator.warmup_prompts"] = setup.discriminator.warmup_prompts
+    if setup.discriminator.mismatch_weight and prompts < 2:
+        raise UserError("discriminator.mismatch_weight: the cache has one prompt only; cache more, or set it to 0.")
     for key, count in wanted.items():
         if count > prompts:
             raise UserError(

@@ -42,7 +42,7 @@ class TrainConfig(Config):
 
     objective: ObjectiveConfig = AfdConfig()
     policy: FullConfig | LoraConfig = Field(default=FullConfig(), discriminator="name")
-    steps: int = Field(default=200, ge=1, description="updates of the student")
+    steps: int = Field(default=200, ge=1, description="each with one update of the student, or objective.inner_updates")
     prompts_per_step: int = Field(default=8, ge=1, description="distinct prompts in a step, over all processes")
     hardest: float = Field(
         default=0.0,
@@ -58,7 +58,8 @@ class TrainConfig(Config):
         "step); whole groups of a prompt's rollouts share its text; default: all",
     )
     chunk_by_chunk: bool = Field(
-        default=False, description="one backward pass a chunk: the same gradient in the memory of one chunk"
+        default=False,
+        description="one backward pass a chunk: the same gradient in the memory of one chunk (afd, afd-branch, gan)",
     )
     gradient_checkpointing: bool = Field(
         default=False, description="keep a block's input only and compute it again in the backward pass"
@@ -187,6 +188,11 @@ class Recipe(DataConfig):
             raise ValueError(f"discriminator.{problem}")
         if self.discriminator.warmup_patience is not None:
             self._check_held_out(runs)
+        if self.discriminator.confidence is not None and any(_splits_groups(run) for run in runs):
+            raise ValueError(
+                "discriminator.confidence: compares the teacher's clip with all rollouts of its prompt, which "
+                "train.clips_per_pass is not to part; set it to train.rollouts_per_prompt or more"
+            )
         if not self.discriminator.per_chunk and any(_wants_chunks(run.objective) for run in runs):
             raise ValueError(
                 "discriminator.name: this objective weighs chunks one by one and needs a discriminator that scores "
@@ -204,6 +210,12 @@ class Recipe(DataConfig):
                 "discriminator.warmup_patience: watches the loss on held-out prompts, and there are none; set "
                 "prompts.validation and train.held_out_per_step above 0, or warmup_patience to null"
             )
+
+
+def _splits_groups(run: TrainConfig) -> bool:
+    """Whether a prompt's rollouts may come before the discriminator in several parts."""
+    drawn = 1 if isinstance(run.objective, BranchConfig) else run.rollouts_per_prompt
+    return run.objective.name in ADVERSARIAL and (run.clips_per_pass or drawn) < drawn
 
 
 def _wants_chunks(objective: ObjectiveConfig) -> bool:

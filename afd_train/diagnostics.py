@@ -2,9 +2,9 @@
 
 `discriminator/round_trip_accuracy`: of the teacher's clips against the same ones treated as the student's are.  Above
 0.5 the discriminator can tell the sides apart by what is done to them and not by what they show.
-`discriminator/prompt_accuracy`: of the teacher's clips against its clips of other prompts, under one prompt.  At 0.5
-the discriminator does not read the prompt, and no student learns from it what the prompt asks for
-(`discriminator.mismatch_weight`).
+`discriminator/prompt_accuracy`: of the teacher's clips against its clips of other prompts, under one prompt.  At 0.5,
+where each clip stands as often on either side, the discriminator does not read the prompt, and no student learns from
+it what the prompt asks for (`discriminator.mismatch_weight`).
 `discriminator/rank_correlation`: within a prompt's rollouts, of its score with object permanence, where that can be
 measured exactly.  About 0.3 to 0.5 where training works; at 0 the advantages are noise.
 """
@@ -40,11 +40,13 @@ class Diagnostics:
         setup, stream = self._setup, self._setup.held_out
         if stream is None:
             return {}
-        examples = self._own(stream)
-        metrics = {"discriminator/round_trip_accuracy": self._preferred_to(examples, examples)}
-        others = self._own(stream, shift=1)
-        if all(e.prompt_id != other.prompt_id for e, other in zip(examples, others, strict=True)):
-            metrics["discriminator/prompt_accuracy"] = self._preferred_to(examples, others)
+        keys = self._keys(stream)
+        examples = self._own(stream, keys)
+        metrics = {"discriminator/round_trip_accuracy": self._preferred(examples, setup.latents(examples))}
+        if len(keys) > 1:
+            others = [self._own(stream, keys, shift) for shift in range(1, len(keys))]
+            clips = torch.stack([setup.latents(some) for some in others], 1).flatten(0, 1)
+            metrics["discriminator/prompt_accuracy"] = self._preferred(examples, clips)
         if self._exact:
             correlations = setup.processes.gather(self._correlations(examples))
             known = correlations[correlations.isfinite()]
@@ -52,15 +54,19 @@ class Diagnostics:
                 metrics["discriminator/rank_correlation"] = float(known.mean())
         return metrics
 
-    def _preferred_to(self, examples: list[Example], others: list[Example]) -> float:
-        """How often the teacher's clips win against those of `others` that went the student's way."""
-        teacher, other = self._judge.score(examples, self._setup.latents(others), NOISE_STEP)
+    def _preferred(self, examples: list[Example], others: Tensor) -> float:
+        """How often the teacher's clips win against others of its own that went the student's way, as many each."""
+        teacher, other = self._judge.score(examples, others, NOISE_STEP)
         return preferred(self._setup.processes.gather((teacher - other).mean(1)))
 
-    def _own(self, stream: Stream, shift: int = 0) -> list[Example]:
-        """This process's share of the first prompts, a video each, as many on every process; or so many further on."""
+    @staticmethod
+    def _keys(stream: Stream) -> list[str]:
+        """A video of each of the first prompts."""
         first = {stream.places[key].prompt_id: key for key in reversed(stream.keys)}
-        keys = [first[prompt] for prompt in sorted(first)[:PROMPTS]]
+        return [first[prompt] for prompt in sorted(first)[:PROMPTS]]
+
+    def _own(self, stream: Stream, keys: list[str], shift: int = 0) -> list[Example]:
+        """This process's share of the videos, as many on every process; or the ones so many places behind them."""
         processes = self._setup.processes
         share = max(1, len(keys) // processes.count)
         return [stream.example(keys[(i * processes.count + processes.index + shift) % len(keys)]) for i in range(share)]

@@ -77,7 +77,8 @@ def forward_process_loss(
     v_*: [B, F, C, H, W], v_old without gradient; weight: [B, F] or [B, 1] in [0, 1], 1/2 is no opinion; policy_mix in
     (0, 1] -> scalar.  With w = 1/2 and v_student = v_old the two branches cancel.  The lag of v_old is the only
     restoring force: it holds a trust region policy_mix^2 |v_student - v_old|^2.  `adaptive` divides the error of a
-    frame in each branch by its mean absolute deviation, without gradient (DiffusionNFT's weighting, arXiv 2509.16117).
+    frame in each branch by its mean absolute deviation, without gradient (DiffusionNFT, arXiv 2509.16117, does so with
+    errors of the clean estimate, which are t times these).
     """
     step = policy_mix * (v_student - v_old)
     towards, away = (_frame_error(v_old + sign * step, v_target, adaptive) for sign in (1, -1))

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from afd_train.config import FullConfig, LoraConfig, Recipe, TrainConfig
-from afd_train.objective_config import ADVERSARIAL, MATCHING, policies_of
+from afd_train.objective_config import ADVERSARIAL, MATCHING, BranchConfig, policies_of
 from afd_train.student_config import LatentShape, StudentConfig
 
 PATCH = 2  # latent pixels a side of a token of Wan's transformer
@@ -40,14 +40,18 @@ class Load:
 
     @staticmethod
     def of(recipe: Recipe, run: TrainConfig, processes: int) -> Load:
-        """The largest share of a step that one of `processes` has."""
-        group = run.rollouts_per_prompt if run.objective.name in ADVERSARIAL else 1
+        """The largest share of a step that one of `processes` has.
+
+        Of branching a pass holds prompts: a prompt's candidates for a chunk share one context.
+        """
+        takes = run.rollouts_per_prompt if run.objective.name in ADVERSARIAL else 1
+        group = 1 if isinstance(run.objective, BranchConfig) else takes
         prompts = math.ceil(run.prompts_per_step / processes)
         limit = None if run.objective.name in MATCHING else run.clips_per_pass  # these draw all clips at once
         clips = min(limit or prompts * group, prompts * group)
         shape = recipe.student.latent_shape(recipe.video)
         return Load(
-            step_clips=prompts * group,
+            step_clips=prompts * takes,
             clips=clips,
             prompts=math.ceil(clips / group),
             shape=shape,

@@ -114,12 +114,13 @@ class AfdConfig(OldPolicy):
     advantage_clip: float = Field(default=5.0, gt=0, description="in standard deviations")
     times: Literal["sampler", "range", "uniform"] = Field(
         default="sampler",
-        description="t of eq. 3: the sampler's own steps, uniform in time_range, or uniform in all of [0, 1]",
+        description="t of eq. 3: the sampler's own steps, uniform in time_range, or uniform in [0.02, 1]",
     )
     time_range: tuple[float, float] = Field(default=(0.6, 1.0), description="of times=range")
     adaptive_weight: bool = Field(
         default=False,
-        description="divide a clip's two losses by the mean distance of its clean estimate (DiffusionNFT's weighting)",
+        description="divide each of a frame's two errors by its mean absolute deviation (DiffusionNFT's weighting, "
+        "without its factor t)",
     )
     noisings_per_clip: int = Field(
         default=1, ge=1, description="times and noises drawn for a clip in a step; they share its clean context"

@@ -1,7 +1,7 @@
 """Discriminators: how much a clip looks like the teacher's, given its prompt; a network a file.
 
 To write one: a module with the members of `Discriminator`, a config section in `afd_train.discriminator_config`, a
-`case` here.  It says in which space it looks at clips; the judge (objectives/judge.py) brings both sides there alike.
+`case` here.  It says in which space it looks at clips; objectives/pairing.py brings both sides there alike.
 """
 
 from __future__ import annotations

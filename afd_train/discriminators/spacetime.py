@@ -58,7 +58,7 @@ class SpaceTime(nn.Module):
         """[B, F, C, h, w], B prompts, perhaps another clip for each -> [B, 1] or [B, chunks]."""
         early = self._early(prompts, reference)
         x = torch.cat([early, self._tokens(self._patches(clips)), self.readout.expand(len(clips), -1, -1)], 1)
-        hidden = None if self.chunks == 1 else self._seen(early.shape[1], x.device)
+        hidden = self._seen(early.shape[1], x.device) if self.config.chunk_causal else None
         for block in self._blocks():
             x = block(x, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, hidden))
         return self._scores(x[:, -self.chunks :])

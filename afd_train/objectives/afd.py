@@ -18,7 +18,6 @@ from afd_train.advantages import advantages_of, shuffled, weights_from_advantage
 from afd_train.diversity import diversity
 from afd_train.objective_config import AfdConfig
 from afd_train.objectives import Metrics, Setup
-from afd_train.objectives.flow_matching import accumulate_teacher_forced
 from afd_train.objectives.forward_process import ForwardProcess, Step
 from afd_train.objectives.judged import Judged
 from afd_train.objectives.warmup import held_out
@@ -44,11 +43,7 @@ class AdversarialFlowDistillation(Judged):
         metrics["student/diversity"] = diversity(drawn.clips, drawn.takes)
         advantages = self._advantages(examples, scores, step).flatten(0, 1)
         weight = weights_from_advantages(advantages, self._config.advantage_clip)
-        if self._config.sft_weight:
-            anchor = accumulate_teacher_forced(self._setup, examples, step, "anchor", self._config.sft_weight)
-            metrics["student/anchor_loss"] = anchor
-        with self._setup.watch("update"):
-            metrics |= self._forward_process.update(drawn, weight)
+        metrics |= self._forward_process.update(drawn, weight)
         self._setup.trainee.follow("old", old_policy_decay(self._config, step + 1))
         return metrics | histogram(weight.flatten()) | held_out(self._setup, self.judge, step)
 

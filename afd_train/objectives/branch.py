@@ -24,9 +24,10 @@ too: all of the above holds, and the shift is that of the videos near the one th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from afd_data.stream import Example
@@ -37,14 +38,16 @@ from afd_train.losses import branch_shift, branching_loss
 from afd_train.objective_config import BranchConfig
 from afd_train.objectives import Metrics, Setup
 from afd_train.objectives.branching import Branches, draw_branches
+from afd_train.objectives.cached import remembered, velocities
 from afd_train.objectives.distances import Distances
-from afd_train.objectives.flow_matching import accumulate_teacher_forced
+from afd_train.objectives.flow_matching import accumulate_anchor
 from afd_train.objectives.forward_process import update_purpose
 from afd_train.objectives.judged import Judged
 from afd_train.objectives.parts import Part, parts_of
 from afd_train.objectives.warmup import held_out
 from afd_train.policies import Policy, old_policy_decay
 from afd_train.rollout import Sampler, step_times
+from afd_train.students.causal_wan import CausalWan
 
 
 @dataclass(frozen=True)
@@ -76,11 +79,9 @@ class BranchedFlowDistillation(Judged):
         metrics["advantage/spread"] = float(scores.std(1).mean())
         metrics["student/diversity"] = diversity(branches.candidates.flatten(0, 1), branches.candidates.shape[1])
         advantages = self._advantages(examples, scores, step)
-        if self._config.sft_weight:
-            anchor = accumulate_teacher_forced(setup, examples, step, "anchor", self._config.sft_weight)
-            metrics["student/anchor_loss"] = anchor
-        with setup.watch("update"):
-            for inner in range(self._config.inner_updates):
+        for inner in range(self._config.inner_updates):
+            metrics |= accumulate_anchor(setup, self._config, examples, step, inner)
+            with setup.watch("update"):
                 metrics |= self._update(examples, branches, advantages, step, inner)
         setup.trainee.follow("old", old_policy_decay(self._config, step + 1))
         return metrics | held_out(setup, self.judge, step)
@@ -106,14 +107,22 @@ class BranchedFlowDistillation(Judged):
         total, distances = 0.0, Distances()
         for part, v_old, v_reference in zip(noisy, old, reference, strict=True):
             share = len(part.x) / len(examples)
-            v = self._velocity(part)
-            clean, old_clean = (clean_from_velocity(part.x, velocity, part.t) for velocity in (v, v_old))
-            loss = branching_loss(clean, old_clean, part.shift, part.scale, self._config.policy_mix)
-            distances.deviate(share, v, v_old)
-            prior = distances.prior(share, v, v_reference)
-            setup.trainee.accumulate(share * loss + self._config.prior_weight * prior)
-            total += share * float(loss.detach())
+            total += self._accumulate(part, share, v_old, v_reference, distances)
         return {"student/loss": total, "student/grad_norm": setup.trainee.step(step)} | distances.entries()
+
+    def _accumulate(self, part: Noisy, share: float, v_old: Tensor, v_reference: Tensor, distances: Distances) -> float:
+        """Add the gradient of a part, this share of the prompts; returns its share of the loss, the prior left out."""
+        total, config = 0.0, self._config
+        for frames, v in self._velocities(self._setup.trainee.net, part):
+            piece, x, t = share * len(frames) / part.x.shape[1], part.x[:, frames], part.t[:, frames]
+            clean, old_clean = (clean_from_velocity(x, velocity, t) for velocity in (v, v_old[:, frames]))
+            shift, scale = part.shift[:, frames], part.scale[:, frames]
+            loss = piece * branching_loss(clean, old_clean, shift, scale, config.policy_mix)
+            distances.deviate(piece, v, v_old[:, frames])
+            prior = distances.prior(piece, v, v_reference[:, frames])
+            self._setup.trainee.accumulate(loss + config.prior_weight * prior)
+            total += float(loss.detach())
+        return total
 
     def _noisy(
         self, examples: Sequence[Example], branches: Branches, advantages: Tensor, part: Part, step: int, inner: int = 0
@@ -134,11 +143,10 @@ class BranchedFlowDistillation(Judged):
 
     def _said(self, policy: Policy, noisy: Sequence[Noisy]) -> list[Tensor]:
         """Another policy's velocities on the same clean contexts."""
-        with self._setup.trainee.acting(policy):
-            return [self._velocity(part) for part in noisy]
+        with self._setup.trainee.acting(policy) as net:
+            return [torch.cat([v for _, v in self._velocities(net, part)], 1) for part in noisy]
 
-    def _velocity(self, part: Noisy) -> Tensor:
-        net = self._setup.trainee.net
-        cache = net.memory(part.context.shape[1])
-        net.remember(part.context, part.text, cache, self._sampler.context_time)
-        return net.chunks(part.x, part.t, part.text, cache)
+    def _velocities(self, net: CausalWan, part: Noisy) -> Iterator[tuple[list[int], Tensor]]:
+        with self._setup.processes.unsharded(net):
+            cache = remembered(self._setup, net, part.context, part.text, self._sampler.context_time)
+        yield from velocities(self._setup, net, part.x, part.t, part.text, cache)

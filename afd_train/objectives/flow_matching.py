@@ -15,6 +15,7 @@ from afd_data.stream import Example
 from afd_train.draws import Draws
 from afd_train.flow import noised, velocity
 from afd_train.losses import flow_matching_loss
+from afd_train.objective_config import OldPolicy
 from afd_train.objectives import Metrics, Setup
 from afd_train.objectives.parts import parts_of
 from afd_train.optimizer import Optimizer
@@ -94,6 +95,14 @@ def accumulate_teacher_forced(
             setup.trainee.accumulate(scale * loss)
             total += float(loss.detach())
     return total
+
+
+def accumulate_anchor(setup: Setup, config: OldPolicy, examples: Sequence[Example], step: int, inner: int) -> Metrics:
+    """Add the gradient of `sft_weight` to one of a step's updates; returns its log entry, none where it is off."""
+    if not config.sft_weight:
+        return {}
+    purpose = "anchor" if inner == 0 else f"anchor {inner}"
+    return {"student/anchor_loss": accumulate_teacher_forced(setup, examples, step, purpose, config.sft_weight)}
 
 
 def warm_start(setup: Setup, steps: int, log: Callable[[int, Metrics], None]) -> None:

@@ -7,7 +7,7 @@ chunk by chunk (`train.chunk_by_chunk`).  `context_gradient` is another one: tea
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ from afd_train.flow import nearby_at_the_start, noised, velocity
 from afd_train.losses import forward_process_loss
 from afd_train.objective_config import AfdConfig
 from afd_train.objectives import Metrics, Setup
+from afd_train.objectives.cached import remembered, velocities
 from afd_train.objectives.distances import Distances
-from afd_train.objectives.flow_matching import SMALLEST_TIME
+from afd_train.objectives.flow_matching import SMALLEST_TIME, accumulate_anchor
 from afd_train.objectives.parts import Part, parts_of
 from afd_train.policies import Policy
 from afd_train.rollout import Sampler, step_times
@@ -97,7 +98,13 @@ class ForwardProcess:
     def update(self, drawn: Step, weight: Tensor) -> Metrics:
         """`inner_updates` steps of the student.  weight: [P K, S] in [0, 1], S = 1 or the number of chunks."""
         weight = weight.repeat_interleave(drawn.clips.shape[1] // weight.shape[1], 1)
-        return [self._update(drawn, weight, inner) for inner in range(self._config.inner_updates)][-1]
+        metrics: Metrics = {}
+        for inner in range(self._config.inner_updates):
+            metrics |= accumulate_anchor(self._setup, self._config, drawn.examples, drawn.number, inner)
+            with self._setup.watch("update"):
+                metrics |= self._update(drawn, weight, inner)
+            drawn = replace(drawn, cache=None)  # its keys and values were those of the student before
+        return metrics
 
     def _update(self, drawn: Step, weight: Tensor, inner: int) -> Metrics:
         """weight: [P K, F]; every inner update has times and noises of its own, and the rollout's clean context."""
@@ -116,10 +123,8 @@ class ForwardProcess:
         for index, part in enumerate(parts):
             asked = Asked(noisy[index], v_old[index], rows[index], v_reference.get(index))
             total += self._accumulate(drawn, part, asked, weight[part.rows], distances)
-        return {
-            "student/loss": total,
-            "student/grad_norm": self._setup.trainee.step(drawn.number),
-        } | distances.entries()
+        norm = self._setup.trainee.step(drawn.number)
+        return {"student/loss": total, "student/grad_norm": norm} | distances.entries()
 
     @staticmethod
     def _compared(drawn: Step, part: Part) -> list[int]:
@@ -188,7 +193,8 @@ class ForwardProcess:
         with setup.trainee.acting(policy) as net, setup.processes.unsharded(net):
             for part, context in zip(noisy, contexts, strict=True):
                 v = torch.empty_like(part.x)
-                for frames, piece in self._pieces(net, part, self._remembered(net, context, part.text)):
+                cache = remembered(setup, net, context, part.text, self._sampler.context_time)
+                for frames, piece in self._velocities(net, part, cache):
                     v[:, frames] = piece
                 found.append(v)
         return found
@@ -205,25 +211,12 @@ class ForwardProcess:
             return
         if cache is None:
             with self._setup.processes.unsharded(net):
-                cache = self._remembered(net, context, noisy.text)
-        yield from self._pieces(net, noisy, cache)
+                cache = remembered(self._setup, net, context, noisy.text, self._sampler.context_time)
+        yield from self._velocities(net, noisy, cache)
 
-    def _remembered(self, net: CausalWan, context: Tensor, text: Tensor) -> KVCache:
-        """A cache of the clean context."""
-        cache = net.memory(context.shape[1])
-        size = net.chunk_frames if self._setup.config.chunk_by_chunk else context.shape[1]
-        for first in range(0, context.shape[1], max(1, size)):
-            net.remember(context[:, first : first + size], text, cache, self._sampler.context_time)
-        return cache
-
-    def _pieces(self, net: CausalWan, noisy: Noisy, cache: KVCache) -> Iterator[tuple[list[int], Tensor]]:
-        """Velocities on the cached context and the frames of `noisy` that they are for: all of them, or by chunk."""
+    def _velocities(self, net: CausalWan, noisy: Noisy, cache: KVCache) -> Iterator[tuple[list[int], Tensor]]:
         copies = self._config.noisings_per_clip
-        frames = noisy.x.shape[1] // copies
-        size = net.chunk_frames if self._setup.config.chunk_by_chunk else frames
-        for first in range(0, frames, size):
-            piece = [copy * frames + frame for copy in range(copies) for frame in range(first, first + size)]
-            yield piece, net.chunks(noisy.x[:, piece], noisy.t[:, piece], noisy.text, cache, first, copies)
+        return velocities(self._setup, net, noisy.x, noisy.t, noisy.text, cache, copies)
 
 
 def update_purpose(inner: int) -> str:

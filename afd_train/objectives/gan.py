@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from afd_data.stream import Example
+from afd_train.diversity import diversity
 from afd_train.flow import clean_from_velocity
 from afd_train.objective_config import GanConfig
 from afd_train.objectives import Metrics, Setup
+from afd_train.objectives.cached import remembered, velocities
 from afd_train.objectives.distances import Distances
 from afd_train.objectives.judged import Judged
 from afd_train.objectives.parts import Part, parts_of
@@ -60,6 +62,8 @@ class Adversarial(Judged):
         pull = self.judge.pull(examples, clips, step)  # of the updated one
         metrics |= self.judge.steer(examples, pull.teacher, pull.student, step)
         metrics["student/loss"] = pull.loss
+        if (takes := setup.config.rollouts_per_prompt) > 1:
+            metrics["student/diversity"] = diversity(clips, takes)
         with setup.watch("update"):
             metrics |= self._update(drawn, pull.gradient, step)
         return metrics | held_out(setup, self.judge, step)
@@ -89,7 +93,7 @@ class Adversarial(Judged):
         share = len(some.clips) / len(gradient)
         for frames, v in self._velocities(self._setup.trainee.net, some, some.cache):
             clean = clean_from_velocity(some.noisy[:, frames], v, some.t[:, frames])
-            loss = (clean * gradient[some.part.rows, frames]).sum()
+            loss = (clean * gradient[some.part.rows][:, frames]).sum()
             if v_reference is not None:
                 size = share * v.shape[1] / some.noisy.shape[1]
                 loss = loss + self._config.prior_weight * distances.prior(size, v, v_reference[:, frames])
@@ -103,14 +107,9 @@ class Adversarial(Judged):
         with setup.trainee.acting("reference") as net, setup.processes.unsharded(net):
             return [torch.cat([v for _, v in self._velocities(net, some, None)], 1) for some in drawn]
 
-    def _velocities(self, net: CausalWan, some: Drawn, cache: KVCache | None) -> Iterator[tuple[slice, Tensor]]:
-        """The network's velocities on the clean context, for all frames at once or chunk by chunk, and which."""
+    def _velocities(self, net: CausalWan, some: Drawn, cache: KVCache | None) -> Iterator[tuple[list[int], Tensor]]:
+        """The network's velocities on the clean context, and of which frames."""
         if cache is None:
             with self._setup.processes.unsharded(net):
-                memory = net.memory(some.context.shape[1])
-                cache = net.remember(some.context, some.text, memory, self._sampler.context_time)
-        frames = some.noisy.shape[1]
-        size = net.chunk_frames if self._setup.config.chunk_by_chunk else frames
-        for first in range(0, frames, size):
-            piece = slice(first, first + size)
-            yield piece, net.chunks(some.noisy[:, piece], some.t[:, piece], some.text, cache, first)
+                cache = remembered(self._setup, net, some.context, some.text, self._sampler.context_time)
+        yield from velocities(self._setup, net, some.noisy, some.t, some.text, cache)

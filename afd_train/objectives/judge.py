@@ -137,24 +137,27 @@ class Judge:
         return metrics
 
     def _loss(self, pairs: Pairs) -> Tensor:
-        config = self._config
-        teacher, student = pairs.teacher.mean(1), pairs.student.mean(1)
+        config, teacher = self._config, pairs.teacher.mean(1)
         weight = None
         if config.confidence is not None:
-            weight = confidence_weight(teacher, student, pairs.takes, config.confidence)
-        match config.loss:
-            case "bt":
-                loss = bradley_terry_loss(teacher, student, weight)
-            case "bt-chunk":
-                loss = bradley_terry_loss(teacher, student, weight)
-                loss = loss + config.chunk_loss_weight * chunk_bradley_terry_loss(pairs.teacher, pairs.student, weight)
-            case "logistic":
-                loss = logistic_loss(teacher, student, weight)
+            weight = confidence_weight(teacher, pairs.student.mean(1), pairs.takes, config.confidence)
+        loss = self._compared(pairs.teacher, pairs.student, weight)
         if pairs.mismatched is not None:
-            loss = loss + config.mismatch_weight * bradley_terry_loss(teacher, pairs.mismatched.mean(1))
+            loss = loss + config.mismatch_weight * self._compared(pairs.teacher, pairs.mismatched, weight)
         if pairs.moved is not None:
             loss = loss + config.r1_weight * finite_difference_penalty(teacher, pairs.moved.mean(1), config.r1_step)
         return loss
+
+    def _compared(self, teacher: Tensor, other: Tensor, weight: Tensor | None) -> Tensor:
+        """Loss of the teacher's clips against others: scores [n, S], paired; weight: [n], of the teacher's."""
+        match self._config.loss:
+            case "bt":
+                return bradley_terry_loss(teacher.mean(1), other.mean(1), weight)
+            case "bt-chunk":
+                clip = bradley_terry_loss(teacher.mean(1), other.mean(1), weight)
+                return clip + self._config.chunk_loss_weight * chunk_bradley_terry_loss(teacher, other, weight)
+            case "logistic":
+                return logistic_loss(teacher.mean(1), other.mean(1), weight)
 
 
 def told_apart(which: str, teacher: Tensor, student: Tensor) -> Metrics:

@@ -7,7 +7,6 @@ clips the autoencoder has then seen as often as the student's.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -20,12 +19,14 @@ from afd_data.stream import Example, Stream
 from afd_train.discriminators import ChunkDiscriminator, Prompts, evenly_spaced
 from afd_train.draws import Draws
 from afd_train.objectives import Setup
-from afd_train.objectives.parts import parts_of
+from afd_train.objectives.parts import Part, parts_of
+
+Sides = dict[str, Tensor]  # teacher, student, mismatched, moved: [n, F, C, h, w] each
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Scores of a part's clips, [n, S] each, S = 1 or chunks; row i of both is a pair of one prompt.
+    """Scores of a part's clips, [n, S] each, S = 1 or chunks; rows i of all are of one prompt.
 
     `mismatched`: the teacher's clips of other prompts, `moved`: its clips again, a small random step away, where the
     loss asks for them; `drawn`: the student's clips as they were judged, [n, F, C, h, w], where the gradient with
@@ -61,24 +62,34 @@ class Pairing:
         )
         for part in parts_of(len(examples), takes, setup.config.clips_per_pass):
             some, count = examples[part.prompts], len(part.takes)
-            group = list(range(len(some)))
-            group += [prompt for prompt in range(len(some)) for _ in range(count)]
             drawn = self._own_space(rollouts[part.rows], True).detach().requires_grad_(followed)
-            clips = torch.cat([self._own_space(teacher[part.prompts]), drawn])
+            sides = {"teacher": self._own_space(teacher[part.prompts]), "student": drawn}
+            if others is not None:
+                sides["mismatched"] = self._own_space(others[part.prompts])
             if noisy:
-                noises = setup.draws(step, "teacher", some), setup.draws(step, "student", some, part.takes)
-                clips = clips + self._noise(some, step, clips.shape, group, noises)
+                sides = self._noisy(sides, some, part, step)
+            group = by_prompt(sides, len(some))
             prompts = Prompts([example.prompt for example in some], text[part.prompts]).of(group)
             beside = None if reference is None else self._own_space(reference[part.prompts])[group]
-            scores = self._net(clips, prompts, beside)
-            mismatched = moved = None
-            if others is not None:
-                mismatched = self._mismatched(self._own_space(others[part.prompts]), prompts, beside, some, step)
-                mismatched = mismatched.repeat_interleave(count, 0)
-            if noisy and self._config.r1_weight:
-                moved = self._moved(clips[: len(some)], prompts, beside, some, step).repeat_interleave(count, 0)
-            teacher_scores = scores[: len(some)].repeat_interleave(count, 0)
-            yield Pairs(teacher_scores, scores[len(some) :], count, mismatched, moved, drawn if followed else None)
+            scores = self._net(torch.cat(list(sides.values())), prompts, beside)
+            found = dict(zip(sides, scores.split([len(clips) for clips in sides.values()]), strict=True))
+            student = found.pop("student")
+            each = {side: of_prompts.repeat_interleave(count, 0) for side, of_prompts in found.items()}
+            yield Pairs(student=student, takes=count, drawn=drawn if followed else None, **each)
+
+    def _noisy(self, sides: Sides, examples: Sequence[Example], part: Part, step: int) -> Sides:
+        """All clips under their prompt's level of noise and, for R1, the teacher's a random step away from there."""
+        setup, config = self._setup, self._config
+        clips, group = torch.cat(list(sides.values())), torch.tensor(by_prompt(sides, len(examples)))
+        takes = {side: part.takes if side == "student" else range(1) for side in sides}
+        noises = [setup.draws(step, side, examples, takes[side]) for side in sides]
+        levels = setup.draws(step, "noise level", examples)
+        noisy = clips + input_noise(clips.shape, group, config.input_noise, levels, noises)
+        found = dict(zip(sides, noisy.split([len(clips) for clips in sides.values()]), strict=True))
+        if config.r1_weight:
+            direction = setup.draws(step, "finite difference", examples).normal(*clips.shape[1:])
+            found["moved"] = found["teacher"] + config.r1_step * direction
+        return found
 
     def branches(self, examples: Sequence[Example], followed: Tensor, candidates: Tensor, step: int) -> Tensor:
         """Scores of the candidates for every chunk, behind the followed chunks before it: [P, M, chunks].
@@ -108,23 +119,6 @@ class Pairing:
         pixels = evenly_spaced(autoencoder.decode(latents), self._net.frames)  # pyright: ignore[reportArgumentType]
         return pixels.permute(0, 1, 4, 2, 3).float() / 127.5 - 1
 
-    def _mismatched(
-        self, others: Tensor, prompts: Prompts, beside: Tensor | None, examples: Sequence[Example], step: int
-    ) -> Tensor:
-        """Scores of the teacher's clips of other prompts, as noisy as those of the examples."""
-        rows = range(len(others))
-        noise = self._noise(examples, step, others.shape, rows, [self._setup.draws(step, "mismatched", examples)])
-        return self._net(others + noise, prompts.of(rows), None if beside is None else beside[: len(others)])
-
-    def _moved(
-        self, teacher: Tensor, prompts: Prompts, beside: Tensor | None, examples: Sequence[Example], step: int
-    ) -> Tensor:
-        """Scores of the teacher's clips after a random step."""
-        count = len(teacher)
-        direction = self._setup.draws(step, "finite difference", examples).normal(*teacher.shape[1:])
-        near = teacher + self._config.r1_step * direction
-        return self._net(near, prompts.of(range(count)), None if beside is None else beside[:count])
-
     def _other_takes(self, examples: Sequence[Example], step: int) -> list[Example]:
         """For each example another take of its prompt.  Raises UserError where there is none."""
         found = []
@@ -141,36 +135,24 @@ class Pairing:
         return found
 
     def _of_other_prompts(self, examples: Sequence[Example], step: int) -> list[Example]:
-        """For each example one of another prompt.  Raises UserError where there is one prompt only."""
+        """For each example one of another prompt of its split."""
         found = []
         draws = self._setup.draws(step, "other prompt", examples).uniform().tolist()
+        stream = self._stream_of(examples[0])  # a step's examples are of one split
+        keys = stream.keys
         for example, draw in zip(examples, draws, strict=True):
-            stream = self._stream_of(example)
-            start = int(draw * len(stream.keys))
-            turned = itertools.chain(stream.keys[start:], stream.keys[:start])
-            key = next((key for key in turned if stream.places[key].prompt_id != example.prompt_id), None)
-            if key is None:
-                raise UserError(
-                    "discriminator.mismatch_weight: the cache has one prompt only; cache more, or set it to 0"
-                )
-            found.append(stream.example(key))
+            others = [key for key in keys if stream.places[key].prompt_id != example.prompt_id]
+            found.append(stream.example(others[int(draw * len(others))]))
         return found
 
     def _stream_of(self, example: Example) -> Stream:
         held_out = self._setup.held_out
         return held_out if held_out is not None and example.split == held_out.split else self._setup.stream
 
-    def _noise(
-        self,
-        examples: Sequence[Example],
-        step: int,
-        shape: Sequence[int],
-        group: Sequence[int],
-        noises: Sequence[Draws],
-    ) -> Tensor:
-        """Of clips of these examples; clip i is of examples[group[i]]."""
-        levels = self._setup.draws(step, "noise level", examples)
-        return input_noise(shape, torch.tensor(group), self._config.input_noise, levels, noises)
+
+def by_prompt(sides: Sides, prompts: int) -> list[int]:
+    """Which prompt each clip of these sides, one after the other, is of; a side has as many of each."""
+    return [prompt for clips in sides.values() for prompt in range(prompts) for _ in range(len(clips) // prompts)]
 
 
 def input_noise(shape: Sequence[int], group: Tensor, largest: float, levels: Draws, noises: Sequence[Draws]) -> Tensor:

@@ -15,7 +15,7 @@ from afd_train.alarm_config import AlarmsConfig, Collapse, Drift, RewardHacking
 from afd_train.config import Recipe, TrainConfig
 from afd_train.discriminator_config import MarginBand
 from afd_train.ending import read_ending, students_step
-from afd_train.objective_config import AfdConfig, FlowMatchingConfig
+from afd_train.objective_config import AfdConfig, BranchConfig, FlowMatchingConfig
 from afd_train.runlog import read_metrics
 from afd_train.runs import train_folder
 from afd_train.students.folder import open_student
@@ -94,6 +94,20 @@ def test_a_warm_up_cannot_watch_prompts_that_are_not_held_out(tiny_recipe, tmp_p
         settings["train"] = run_of(held_out_per_step=0)
     with pytest.raises(ValueError, match=r"discriminator\.warmup_patience: .*prompts\.validation"):
         tiny_recipe(tmp_path, discriminator={"warmup_patience": 3}, **settings)
+
+
+def test_confidence_needs_a_prompts_rollouts_in_one_part(tiny_recipe, tmp_path):
+    with pytest.raises(ValueError, match=r"discriminator\.confidence: .*train\.rollouts_per_prompt"):
+        confident(tiny_recipe, tmp_path, AfdConfig(), rollouts=4, per_pass=3)
+    confident(tiny_recipe, tmp_path, AfdConfig(), rollouts=4, per_pass=4)
+    confident(tiny_recipe, tmp_path, BranchConfig(), rollouts=4, per_pass=1)  # one of each prompt is followed
+
+
+def confident(tiny_recipe, tmp_path, objective, rollouts: int, per_pass: int) -> Recipe:
+    config = TrainConfig(
+        **(BOOKS | {"objective": objective, "rollouts_per_prompt": rollouts, "clips_per_pass": per_pass})
+    )
+    return tiny_recipe(tmp_path, train=config, discriminator={"confidence": 1.0, "chunk_causal": True})
 
 
 def test_hardest_prompts_need_margins():

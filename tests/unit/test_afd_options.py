@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from afd_train.discriminator_config import SpaceTimeConfig
+from afd_train.draws import Draws
 from afd_train.losses import forward_process_loss
 from afd_train.objective_config import AfdConfig, BranchConfig
 from afd_train.objectives import Setup, open_objective
@@ -122,6 +125,25 @@ def test_off_policy_rollouts_are_those_of_the_student_some_steps_ago(setup_of):
     current = setup.rollout(examples, 2, range(TAKES)).clips
     assert_close(objective._drawn(examples, 2).clips, current, rtol=0, atol=1e-6)
     assert not torch.allclose(setup.rollout(examples, 1, range(TAKES)).clips, before, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [AfdConfig, BranchConfig])
+def test_every_inner_update_has_an_anchor_with_noise_of_its_own(setup_of, config, monkeypatch):
+    setup = setup_of(config(sft_weight=0.5, inner_updates=3))
+    setup.discriminator = SpaceTimeConfig(dim=16, heads=2, layers=1, chunk_causal=True)
+    purposes: list[str] = []
+    draws = Setup.draws
+
+    def noted(self: Setup, step: int, purpose: str, *clips: Any) -> Draws:
+        purposes.append(purpose)
+        return draws(self, step, purpose, *clips)
+
+    monkeypatch.setattr(Setup, "draws", noted)
+    open_objective(setup).step(setup.stream.next_batch(PROMPTS), 0)
+    updates = [purpose for purpose in purposes if purpose.startswith(("anchor", "forward process"))]
+    assert updates == [
+        "anchor", "forward process", "anchor 1", "forward process 1", "anchor 2", "forward process 2",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["afd", "afd-branch"])

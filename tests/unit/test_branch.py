@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -30,7 +31,11 @@ def drawn(seed: int, *shape: int) -> Tensor:
 
 @pytest.fixture
 def setup(setup_of) -> Setup:
-    made = setup_of(BranchConfig(), student={"steps": (1000, 500)}, learning_rate=1e-3)
+    return branched(setup_of, learning_rate=1e-3)
+
+
+def branched(setup_of: Callable[..., Setup], **settings: float) -> Setup:
+    made = setup_of(BranchConfig(), student={"steps": (1000, 500)}, **settings)
     made.discriminator = SpaceTimeConfig(dim=16, heads=2, layers=1, chunk_causal=True, warmup_steps=2, warmup_prompts=4)
     return made
 
@@ -114,9 +119,10 @@ def test_branches_do_not_depend_on_how_many_are_drawn_at_once(setup, per_pass):
     assert_close(draw_branches(setup, examples, 0).candidates, whole.candidates, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("frames", [6, 2])
 @pytest.mark.parametrize("settings", [{}, {"look_back": True}, {"reference": True, "look_back": True}])
-def test_candidates_judged_together_score_as_each_clip_by_itself(tiny_student, settings):
-    student = tiny_student(frames=6)
+def test_candidates_judged_together_score_as_each_clip_by_itself(tiny_student, settings, frames):
+    student = tiny_student(frames=frames)
     config = SpaceTimeConfig(dim=16, heads=2, layers=2, chunk_causal=True, **settings)
     net = SpaceTime(config, student.shape, student.config).double()
     followed, candidates = drawn(0, PROMPTS, *student.shape), drawn(1, PROMPTS, MANY, *student.shape)
@@ -124,9 +130,9 @@ def test_candidates_judged_together_score_as_each_clip_by_itself(tiny_student, s
     prompts = Prompts(["a"] * PROMPTS, drawn(2, PROMPTS, 6, 16))
     found = net.score_branches(followed, candidates, prompts, reference)
     for candidate in range(MANY):
-        for chunk in range(3):
-            clip, frames = followed.clone(), slice(2 * chunk, 2 * chunk + 2)
-            clip[:, frames] = candidates[:, candidate, frames]
+        for chunk in range(frames // 2):
+            clip, own = followed.clone(), slice(2 * chunk, 2 * chunk + 2)
+            clip[:, own] = candidates[:, candidate, own]
             assert_close(net(clip, prompts, reference)[:, chunk], found[:, candidate, chunk], rtol=0, atol=1e-10)
 
 
@@ -160,7 +166,7 @@ def test_the_students_gradient_is_that_of_the_mean_over_single_candidates(setup)
     unscaled = Noisy(part.x, part.t, part.shift, torch.ones_like(part.scale), part.text, part.context)
     net, parameters = setup.student.net, setup.trainee.parameters
     with setup.trainee.acting("old"):
-        v_old = objective._velocity(unscaled)
+        v_old = velocity_of(objective, unscaled)
     with torch.no_grad():
         v_old = v_old + 0.1 * drawn(1, *v_old.shape).float()  # an old policy that lies elsewhere
 
@@ -169,7 +175,7 @@ def test_the_students_gradient_is_that_of_the_mean_over_single_candidates(setup)
 
     singles = [
         forward_process_loss(
-            objective._velocity(unscaled),
+            velocity_of(objective, unscaled),
             v_old,
             part.x - branches.candidates[:, m],
             (advantages[:, m] / (2 * CLIP) + 0.5).repeat_interleave(2, 1),
@@ -178,7 +184,7 @@ def test_the_students_gradient_is_that_of_the_mean_over_single_candidates(setup)
         for m in range(MANY)
     ]
     wanted = gradient(torch.stack(singles).mean())
-    clean, old = (clean_from_velocity(part.x, v, part.t) for v in (objective._velocity(unscaled), v_old))
+    clean, old = (clean_from_velocity(part.x, v, part.t) for v in (velocity_of(objective, unscaled), v_old))
     found = gradient(branching_loss(clean, old, part.shift, unscaled.scale, MIX))
     assert net.chunk_frames == 2
     assert float((found - wanted).norm()) < 1e-4 * float(wanted.norm())
@@ -193,6 +199,34 @@ def test_the_student_learns_near_the_noise_that_the_followed_chunks_came_from(se
         objective = BranchedFlowDistillation(setup, BranchConfig(noise_spread=spread))
         (part,) = [objective._noisy(examples, branches, nothing, p, 0) for p in parts(PROMPTS)]
         assert float((part.x - branches.starts).square().mean().sqrt()) == pytest.approx(distance, rel=0.1)
+
+
+@pytest.mark.parametrize("chunk_by_chunk", [False, True])
+@pytest.mark.parametrize("per_pass", [None, 1, 2])
+def test_the_gradient_is_that_of_all_prompts_and_chunks_at_once(setup_of, chunk_by_chunk, per_pass):
+    setup = branched(setup_of, learning_rate=1e-30, max_grad_norm=1e9)  # a step that no weight feels
+    with torch.no_grad():
+        for policy, seed in (("old", 1), ("reference", 2)):
+            for weight in setup.trainee.copies[policy]:
+                weight += 0.02 * drawn(seed, *weight.shape).float()
+    objective = BranchedFlowDistillation(setup, BranchConfig(prior_weight=0.5))
+    examples = setup.stream.next_batch(PROMPTS)
+    branches = draw_branches(setup, examples, 0)
+    advantages = clipped(drawn(0, PROMPTS, MANY, 2).float(), CLIP)
+    found: list[Tensor] = []
+    setup.trainee.optimizer.adamw.register_step_pre_hook(
+        lambda *_: found.append(torch.cat([w.grad.flatten() for w in setup.trainee.optimizer.masters]))  # pyright: ignore
+    )
+    logs = [objective._update(examples, branches, advantages, 0, 0)]
+    setup.config = setup.config.model_copy(update={"chunk_by_chunk": chunk_by_chunk, "clips_per_pass": per_pass})
+    logs.append(objective._update(examples, branches, advantages, 0, 0))
+    assert float((found[1] - found[0]).norm()) < 1e-6 * float(found[0].norm())
+    assert logs[1] == pytest.approx(logs[0], rel=1e-5)
+
+
+def velocity_of(objective: BranchedFlowDistillation, part: Noisy) -> Tensor:
+    (found,) = objective._velocities(objective._setup.trainee.net, part)
+    return found[1]
 
 
 def parts(prompts: int):

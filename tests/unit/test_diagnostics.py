@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from afd_train.diagnostics import PROMPTS, Diagnostics, preferred, rank_correlations
+from afd_train.diagnostics import Diagnostics, preferred, rank_correlations
+from afd_train.discriminators import Prompts
 from afd_train.diversity import diversity
 from afd_train.objective_config import AfdConfig
 from afd_train.objectives import open_objective
@@ -92,13 +93,30 @@ def test_one_that_looks_for_what_was_done_to_a_clip_is_found_out(setup_of):
     assert diagnosed(setup, Brightness())["discriminator/round_trip_accuracy"] == 1.0
 
 
-def test_prompt_accuracy_is_of_clips_against_those_of_the_next_prompt(setup_of):
+def test_one_that_does_not_read_the_prompt_prefers_its_clips_in_half_of_all_pairs(setup_of):
+    assert diagnosed(setup_of(AfdConfig()), Brightness())["discriminator/prompt_accuracy"] == 0.5
+
+
+class Matching(torch.nn.Module):
+    """Scores 1 for the clips of the given prompts, 0 for all else."""
+
+    space = "latents"
+
+    def __init__(self, clips: dict[str, Tensor]):
+        super().__init__()
+        self.clips = clips
+
+    def forward(self, clips: Tensor, prompts: Prompts, reference: object = None) -> Tensor:
+        pairs = zip(clips, prompts.texts, strict=True)
+        return torch.tensor([float(torch.equal(clip, self.clips[text])) for clip, text in pairs])[:, None]
+
+
+def test_one_that_does_prefers_them_in_all(setup_of):
     setup = setup_of(AfdConfig())
-    stream = setup.held_out
-    first = {stream.places[key].prompt_id: key for key in reversed(stream.keys)}
-    examples = [stream.example(first[prompt]) for prompt in sorted(first)[:PROMPTS]]
-    bright = setup.latents(examples).mean((1, 2, 3, 4))
-    assert diagnosed(setup, Brightness())["discriminator/prompt_accuracy"] == preferred(bright - bright.roll(-1))
+    first = {setup.held_out.places[key].prompt_id: key for key in reversed(setup.held_out.keys)}
+    examples = [setup.held_out.example(key) for key in first.values()]
+    clips = {example.prompt: clip for example, clip in zip(examples, setup.latents(examples), strict=True)}
+    assert diagnosed(setup, Matching(clips), exact=False)["discriminator/prompt_accuracy"] == 1.0
 
 
 def test_the_correlation_is_measured_where_the_world_is_exact_and_is_the_same_again(setup_of):

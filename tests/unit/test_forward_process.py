@@ -119,6 +119,20 @@ def test_the_gradient_is_that_of_the_whole_step_at_once(world_of, copies, per_pa
             assert_same(world.update(objective, clips_per_pass=per_pass, **settings), expected)
 
 
+@pytest.mark.parametrize("per_pass", [1, 5])
+def test_a_second_inner_update_sees_the_student_that_the_first_one_made(world_of, per_pass):
+    objective, second = AfdConfig(inner_updates=2, prior_weight=0.5), []
+    for limit in (None, per_pass):
+        world = world_of(learning_rate=1e-2, warmup_steps=0)
+        setup = world.changed(objective, clips_per_pass=limit)
+        drawn = world.drawn if limit is None else replace(world.drawn, cache=None)
+        with gradient_of(setup.trainee) as gradients:
+            ForwardProcess(setup, objective).update(drawn, world.weight[:, None])
+        assert len(gradients) == 2
+        second.append(gradients[1])
+    assert float((second[1] - second[0]).norm() / second[0].norm()) < 1e-4  # Adam makes much of the first's rounding
+
+
 @pytest.mark.parametrize("per_pass", [1, 5, None])
 def test_teacher_forcing_gives_one_gradient_in_parts_or_at_once(world_of, per_pass):
     world, objective = world_of(), AfdConfig(noisings_per_clip=2, prior_weight=0.5, context_gradient=True)

@@ -92,7 +92,9 @@ def test_it_logs_what_the_discriminator_and_the_student_do(setup_of):
     of_discriminator = {
         f"discriminator/{name}" for name in (*which, "loss", "held_out_loss", "grad_norm", "learning_rate")
     }
-    assert metrics.keys() == of_discriminator | {f"student/{n}" for n in ("loss", "grad_norm", "reference_distance")}
+    assert metrics.keys() == of_discriminator | {
+        f"student/{n}" for n in ("loss", "grad_norm", "reference_distance", "diversity")
+    }
     assert {"seconds/rollout", "seconds/discriminator", "seconds/update"} <= setup.watch.read().keys()
     assert len(setup.margins.rows()) == PROMPTS
 

@@ -9,9 +9,13 @@ from torch.testing import assert_close
 
 from afd_train.losses import (
     bradley_terry_loss,
+    chunk_bradley_terry_loss,
+    confidence_weight,
     distribution_matching_loss,
+    finite_difference_penalty,
     flow_matching_loss,
     forward_process_loss,
+    logistic_loss,
     non_saturating_loss,
     per_clip_mse,
     prior_loss,
@@ -53,6 +57,51 @@ def test_bradley_terry_pulls_equal_scores_apart_by_a_half_each():
     bradley_terry_loss(teacher, student).backward()
     assert_close(teacher.grad, torch.full((B,), -0.5 / B))
     assert_close(student.grad, torch.full((B,), 0.5 / B))
+
+
+def test_every_chunk_is_a_pair_of_its_own():
+    # Gaps 0 and ln 3: ln 2 and ln(1 + 1 / 3), averaged; the losing side's probability is 1 / 2 and 1 / 4.
+    teacher = torch.tensor([[0.0, math.log(3)]], requires_grad=True)
+    loss = chunk_bradley_terry_loss(teacher, torch.zeros(1, 2))
+    assert float(loss.detach()) == pytest.approx((math.log(2) + math.log(4 / 3)) / 2)
+    loss.backward()
+    assert teacher.grad is not None
+    assert teacher.grad.tolist() == [pytest.approx([-1 / 4, -1 / 8])]
+
+
+def test_a_gans_discriminator_judges_each_clip_against_nothing():
+    # softplus(-ln 3) = ln(4 / 3) and softplus(0) = ln 2; slopes -(1 - 3 / 4) and 1 / 2.  Other pairs, the same loss.
+    teacher = torch.tensor([math.log(3)], requires_grad=True)
+    student = torch.zeros(1, requires_grad=True)
+    loss = logistic_loss(teacher, student)
+    assert float(loss.detach()) == pytest.approx(math.log(4 / 3) + math.log(2))
+    loss.backward()
+    assert (float(teacher.grad), float(student.grad)) == pytest.approx((-1 / 4, 1 / 2))  # pyright: ignore
+    scores = torch.tensor([1.0, -2.0])
+    assert float(logistic_loss(scores, scores)) == pytest.approx(float(logistic_loss(scores, scores.flip(0))))
+
+
+@pytest.mark.parametrize("loss", [bradley_terry_loss, logistic_loss])
+def test_a_weight_is_of_the_teachers_clip(loss):
+    zero, heavy = torch.zeros(2), torch.tensor([3.0, 0.0])
+    ln2 = math.log(2)
+    expected = {bradley_terry_loss: 1.5 * ln2, logistic_loss: 1.5 * ln2 + ln2}[loss]
+    assert float(loss(zero, zero, heavy)) == pytest.approx(expected)
+
+
+def test_a_penalty_by_differences_is_half_the_squared_slope():
+    # One clip: ((1.2 - 1) / 0.1)^2 / 2.
+    assert float(finite_difference_penalty(torch.tensor([1.0]), torch.tensor([1.2]), 0.1)) == pytest.approx(2)
+    # A discriminator of slope (1, 2, 2) in random directions: |slope|^2 / 2 = 4.5, with a deviation of 4.5 sqrt(2 / n).
+    directions = torch.randn(20000, 3, generator=torch.Generator().manual_seed(0))
+    moved = 0.1 * directions @ torch.tensor([1.0, 2.0, 2.0])
+    assert float(finite_difference_penalty(torch.zeros(20000), moved, 0.1)) == pytest.approx(4.5, rel=0.03)
+
+
+def test_a_pair_counts_by_how_far_the_teachers_clip_is_above_its_prompts_rollouts():
+    # Prompt 0: its clip 1 against a mean of (0 + 2) / 2; prompt 1: 0 against ln 3 throughout, sigmoid(-ln 3) = 1 / 4.
+    teacher, student = torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([0.0, 2.0, math.log(3), math.log(3)])
+    assert confidence_weight(teacher, student, takes=2, temperature=1.0).tolist() == pytest.approx([1, 1, 0.5, 0.5])
 
 
 def test_a_gans_student_is_pulled_up_by_what_it_lacks_to_be_taken_for_real():

@@ -68,11 +68,11 @@ def test_two_scores_are_two_networks_and_one_float32_optimiser():
     assert kept(recipe_of({"name": "dmd"}))["scores"] == pytest.approx(2 * 2.64 + 4 * 5.29, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["afd", "afd-branch", "gan"])
-def test_rollouts_of_adversarial_objectives_are_counted(name):
+@pytest.mark.parametrize(("name", "clips"), [("afd", 24), ("afd-branch", 4), ("gan", 24)])
+def test_rollouts_of_adversarial_objectives_are_counted(name, clips):
     recipe = recipe_of({"name": name}, prompts_per_step=4, rollouts_per_prompt=6)
     load = Load.of(recipe, recipe.train, processes=1)
-    assert (load.step_clips, load.clips, load.prompts) == (24, 24, 4)
+    assert (load.step_clips, load.clips, load.prompts) == (24, clips, 4)
 
 
 @pytest.mark.parametrize("name", ["sft", "flow-matching", "dmd", "distil"])
@@ -96,6 +96,15 @@ def test_teacher_forcing_doubles_the_tokens_of_an_update_and_a_chunk_has_a_seven
     whole = activations({"name": "gan"})
     assert activations({"name": "sft"}) == activations({"name": "flow-matching"}) == 2 * whole
     assert activations({"name": "gan"}, chunk_by_chunk=True) == whole // 7  # 3 of 21 latent frames
+
+
+def test_a_pass_of_branching_holds_prompts_whose_candidates_share_a_context():
+    of_a_clip = activations({"name": "afd"}, clips_per_pass=1)
+    settings: dict[str, Any] = {"prompts_per_step": 6, "rollouts_per_prompt": 8}
+    assert activations({"name": "afd"}, **settings, clips_per_pass=None) == 48 * of_a_clip
+    assert activations({"name": "afd-branch"}, **settings, clips_per_pass=None) == 6 * of_a_clip
+    assert activations({"name": "afd-branch"}, **settings, clips_per_pass=2) == 2 * of_a_clip
+    assert activations({"name": "afd-branch"}, **settings, chunk_by_chunk=True) == of_a_clip // 7
 
 
 def test_the_real_score_is_fine_tuned_before_the_student_moves_with_an_optimiser_of_its_own():

@@ -311,7 +311,7 @@ def test_scores_do_not_depend_on_how_many_clips_are_scored_at_once(setup_of, per
     torch.testing.assert_close(judge.score(examples, rollouts, 0), whole, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{}, {"mismatch_weight": 0.5, "r1_weight": 0.1}])
+@pytest.mark.parametrize("settings", [{}, {"mismatch_weight": 0.5, "r1_weight": 0.1, "r1_step": 1.0}])
 @pytest.mark.parametrize("per_pass", [1, 2, 3, 5, 8])
 def test_the_discriminator_learns_the_same_in_parts(setup_of, per_pass, settings):
     setup = setup_of(AfdConfig(), max_grad_norm=1e9)
