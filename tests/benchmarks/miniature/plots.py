@@ -36,7 +36,7 @@ def write_plots(results: Results, folder: Path) -> None:
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # it is laid out, and need not be for every file
     for suffix in ("png", "svg"):
-        figure.savefig(folder / f"plots.{suffix}", dpi=110)
+        figure.savefig(folder / f"plots.{suffix}", dpi=110, bbox_inches="tight")
 
 
 def _metric(axes, results: Results, name: str) -> None:
