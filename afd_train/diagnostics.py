@@ -40,18 +40,18 @@ class Diagnostics:
         setup, stream = self._setup, self._setup.held_out
         if stream is None:
             return {}
-        keys = self._keys(stream)
-        examples = self._own(stream, keys)
-        metrics = {"discriminator/round_trip_accuracy": self._preferred(examples, setup.latents(examples))}
-        if len(keys) > 1:
-            others = [self._own(stream, keys, shift) for shift in range(1, len(keys))]
-            clips = torch.stack([setup.latents(some) for some in others], 1).flatten(0, 1)
-            metrics["discriminator/prompt_accuracy"] = self._preferred(examples, clips)
+        known = self._known(stream)
+        own = self._own(len(known))
+        examples, clips = [known[index] for index in own], setup.latents(known)
+        metrics = {"discriminator/round_trip_accuracy": self._preferred(examples, clips[own])}
+        if len(known) > 1:
+            others = [(index + shift) % len(known) for index in own for shift in range(1, len(known))]
+            metrics["discriminator/prompt_accuracy"] = self._preferred(examples, clips[others])
         if self._exact:
             correlations = setup.processes.gather(self._correlations(examples))
-            known = correlations[correlations.isfinite()]
-            if len(known):
-                metrics["discriminator/rank_correlation"] = float(known.mean())
+            finite = correlations[correlations.isfinite()]
+            if len(finite):
+                metrics["discriminator/rank_correlation"] = float(finite.mean())
         return metrics
 
     def _preferred(self, examples: list[Example], others: Tensor) -> float:
@@ -60,16 +60,16 @@ class Diagnostics:
         return preferred(self._setup.processes.gather((teacher - other).mean(1)))
 
     @staticmethod
-    def _keys(stream: Stream) -> list[str]:
+    def _known(stream: Stream) -> list[Example]:
         """A video of each of the first prompts."""
         first = {stream.places[key].prompt_id: key for key in reversed(stream.keys)}
-        return [first[prompt] for prompt in sorted(first)[:PROMPTS]]
+        return [stream.example(first[prompt]) for prompt in sorted(first)[:PROMPTS]]
 
-    def _own(self, stream: Stream, keys: list[str], shift: int = 0) -> list[Example]:
-        """This process's share of the videos, as many on every process; or the ones so many places behind them."""
+    def _own(self, count: int) -> list[int]:
+        """This process's share of so many, as large on every process; some come twice where there are too few."""
         processes = self._setup.processes
-        share = max(1, len(keys) // processes.count)
-        return [stream.example(keys[(i * processes.count + processes.index + shift) % len(keys)]) for i in range(share)]
+        share = max(1, count // processes.count)
+        return [(index * processes.count + processes.index) % count for index in range(share)]
 
     def _correlations(self, examples: list[Example]) -> Tensor:
         """Of each prompt's rollouts by the student: [P], nan where they do not differ."""
