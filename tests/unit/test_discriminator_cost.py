@@ -235,7 +235,7 @@ def test_a_frozen_trunk_keeps_nothing_for_a_backward_pass(made):
     ("settings", "sets"), [({}, 2), ({"r1_weight": 1.0}, 3), ({"mismatch_weight": 1.0, "r1_weight": 1.0}, 4)]
 )
 def test_a_penalty_and_a_second_comparison_have_a_set_of_clips_each(made, settings, sets):
-    base = {"patch": 4, "tubelet_frames": 3, "warmup_prompts": 512}
+    base: dict[str, Any] = {"patch": 4, "tubelet_frames": 3, "warmup_prompts": 512}
     found = []
     for some in ({}, settings):
         recipe, load = large(made, SpaceTimeConfig(**(base | some)))
