@@ -21,7 +21,6 @@ _SLOPPY = "wrong_gravity: 0.5, wrong_bounce: 0.5, drag: 0.3, jitter: 0.02, pass_
 TEACHERS: Mapping[str, Mapping[str, str]] = {
     "exact": {},
     "styled": {"teacher.style": "{tint: [0.8, 0.9, 1.1], dim: 0.25}"},
-    "bad-10": {"teacher.flaws": f"{{{_SLOPPY}, share: 0.1}}"},
     "bad-30": {"teacher.flaws": f"{{{_SLOPPY}, share: 0.3}}"},
 }
 
@@ -37,7 +36,6 @@ _BRANCH = {
 _BRANCH_RATE = 5.0  # it judges a quarter as many clips a step
 _SFT = {"train.objective": "{name: sft}", "train.prompts_per_step": "32"}
 _BY_VIEW = {"discriminator.view": "luminance-differences"}
-_CONFIDENCE = {"discriminator.confidence": "1.0"}
 
 
 @dataclass(frozen=True)
@@ -122,10 +120,13 @@ METHODS: Mapping[str, Method] = {
         Method("sft-style", "SFT on videos of another renderer", _SFT, teacher="styled"),
         Method("afd-style", "does AFD learn physics across renderers?", teacher="styled"),
         Method("afd-style-differences", "and with a discriminator that sees no style?", _BY_VIEW, teacher="styled"),
-        Method("bad-teacher-10", "a tenth of the teacher's videos is sloppy", teacher="bad-10"),
-        Method("bad-teacher-10-confidence", "and bad videos teach less", _CONFIDENCE, teacher="bad-10"),
         Method("bad-teacher-30", "a third of the teacher's videos is sloppy", teacher="bad-30"),
-        Method("bad-teacher-30-confidence", "and bad videos teach less", _CONFIDENCE, teacher="bad-30"),
+        Method(
+            "bad-teacher-30-confidence",
+            "and bad videos teach less",
+            {"discriminator.confidence": "1.0"},
+            teacher="bad-30",
+        ),
     )
 }
 SWEEP = {1: "sft-steps-1", 2: "sft-steps-2", 4: "sft-steps-4", 16: "sft-steps-16"}  # steps -> method
