@@ -38,10 +38,10 @@ class Diagnosis:
 
 
 class DivergedError(UserError):
-    """A run that must not go on; the message is its diagnosis."""
+    """A run that must not go on; the message is its diagnosis, by name."""
 
     def __init__(self, diagnosis: Diagnosis):
-        super().__init__(diagnosis.message)
+        super().__init__(f"{diagnosis.name}: {diagnosis.message}")
         self.diagnosis = diagnosis
 
 
