@@ -72,7 +72,7 @@ class Pairing:
             prompts = Prompts([example.prompt for example in some], text[part.prompts]).of(group)
             beside = None if reference is None else self._own_space(reference[part.prompts])[group]
             scores = self._net(torch.cat(list(sides.values())), prompts, beside)
-            found = dict(zip(sides, scores.split([len(clips) for clips in sides.values()]), strict=True))
+            found = split(scores, sides)
             student = found.pop("student")
             each = {side: of_prompts.repeat_interleave(count, 0) for side, of_prompts in found.items()}
             yield Pairs(student=student, takes=count, drawn=drawn if followed else None, **each)
@@ -85,7 +85,7 @@ class Pairing:
         noises = [setup.draws(step, side, examples, takes[side]) for side in sides]
         levels = setup.draws(step, "noise level", examples)
         noisy = clips + input_noise(clips.shape, group, config.input_noise, levels, noises)
-        found = dict(zip(sides, noisy.split([len(clips) for clips in sides.values()]), strict=True))
+        found = split(noisy, sides)
         if config.r1_weight:
             direction = setup.draws(step, "finite difference", examples).normal(*clips.shape[1:])
             found["moved"] = found["teacher"] + config.r1_step * direction
@@ -148,6 +148,11 @@ class Pairing:
     def _stream_of(self, example: Example) -> Stream:
         held_out = self._setup.held_out
         return held_out if held_out is not None and example.split == held_out.split else self._setup.stream
+
+
+def split(joined: Tensor, sides: Sides) -> Sides:
+    """What stands one after the other in `joined`, [B, ...], for each clip of these sides."""
+    return dict(zip(sides, joined.split([len(clips) for clips in sides.values()]), strict=True))
 
 
 def by_prompt(sides: Sides, prompts: int) -> list[int]:
